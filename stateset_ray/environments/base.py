@@ -1,0 +1,138 @@
+"""The environment: who the policy talks to.
+
+A class of two methods, `reset` and `step`, found by its import path (`package.module:Class`). Write them
+`async` or plain; plain ones run in a thread, so that a blocking call holds up one conversation only.
+One instance plays one conversation and is closed afterwards, whatever happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from stateset_ray.errors import ConfigError
+from stateset_ray.types import Message, Split, Step, Task, derive_seed
+
+__all__ = ["Environment", "build_environment", "call", "load_environment"]
+
+
+class Environment(ABC):
+    """One conversation partner with its world: a simulated user, tools, rewards.
+
+    Options come from `[environment.options]` as keyword arguments of `__init__`; an unknown option is an
+    error before anything starts. `task`, `reset` and `step` must draw all their randomness from the
+    seeds they are given.
+
+    Example:
+        >>> class Greeter(Environment):
+        ...     def reset(self, task, seed):
+        ...         return Step((Message("user", "Hello!"),))
+        ...     def step(self, message):
+        ...         return Step(reward=float("hello" in message.content.lower()), terminated=True)
+    """
+
+    def task(self, split: Split, index: int) -> Task:
+        """The `index`-th task of a split; endless, and a pure function of options and arguments.
+
+        The default gives train tasks even seeds and held-out tasks odd ones, so that an environment
+        that builds everything from `task.seed` has disjoint splits by construction.
+        """
+        seed = derive_seed("task", split, index) // 2 * 2 + (split == "heldout")
+        return Task(id=f"{split}-{index}", seed=seed, split=split)
+
+    @abstractmethod
+    def reset(self, task: Task, seed: int) -> Step | Awaitable[Step]:
+        """Start the conversation: the opening messages, ending with one for the policy to answer.
+
+        Args:
+            task: what to play. All members of a group get the same task and the same seed, so they
+                start from the same state.
+            seed: for whatever is random in the partner's behaviour.
+        """
+
+    @abstractmethod
+    def step(self, message: Message) -> Step | Awaitable[Step]:
+        """Answer one reply of the policy: new messages, the reply's reward, whether this is the end."""
+
+    def close(self) -> None | Awaitable[None]:
+        """Free what the conversation held; called exactly once, after success, failure and cancel."""
+        return None
+
+    def expert(self) -> str:
+        """What a scripted expert would reply now, with full knowledge of the world.
+
+        Warm start learns from the dialogues that this produces. Environments without an expert leave it.
+
+        Raises:
+            ConfigError: this environment has no expert.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no scripted expert, so there is nothing to warm-start from",
+            mend="set train.warm_start.steps=0, or write the environment's expert() method",
+        )
+
+
+async def call(method: Any, *args: Any) -> Any:
+    """Call an environment's method, in a thread unless it is `async`."""
+    if inspect.iscoroutinefunction(method):
+        return await method(*args)
+    result = await asyncio.to_thread(method, *args)
+    return await result if inspect.isawaitable(result) else result
+
+
+def load_environment(path: str, options: Mapping[str, Any]) -> type[Environment]:
+    """The environment class at `package.module:Class`, with its options checked against `__init__`.
+
+    Raises:
+        ConfigError: the module or class does not exist, is no Environment, or does not take an option.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"the environment's module cannot be imported: {error}",
+            given=path,
+            mend="name it as package.module:Class, importable from where you start the run",
+        ) from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Environment)):
+        near = [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type)
+            and issubclass(value, Environment)
+            and not inspect.isabstract(value)
+        ]
+        raise ConfigError(
+            f"{module_name} has no Environment class {class_name!r}",
+            given=path,
+            mend=f"it has: {', '.join(near) or 'none'}; subclass stateset_ray.Environment",
+        )
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(f"{class_name} does not define {missing}", given=path)
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        raise ConfigError(
+            f"{class_name} cannot be built from environment.options: {error}",
+            given=dict(options),
+            mend=f"its signature is {class_name}{inspect.signature(found)}",
+        ) from error
+    return found
+
+
+def build_environment(path: str, options: Mapping[str, Any]) -> Environment:
+    """One instance of the environment at `path`; raises ConfigError as `load_environment` does."""
+    cls = load_environment(path, options)
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{cls.__name__} refuses its options: {error}", given=dict(options)
+        ) from error

@@ -1,0 +1,1 @@
+"""GRPO as pure functions: rewards -> advantages, trajectories -> samples, log-probabilities -> loss."""

@@ -1,0 +1,1 @@
+"""The learner: one rank of a group that turns samples into optimizer steps."""

@@ -1,0 +1,1 @@
+"""Policies: what replies, and the renderer between messages and tokens."""
