@@ -232,7 +232,7 @@ def _walk(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
         pointed = None  # a lost pointer loses nothing: start at the newest
     folders = sorted(_steps(root), key=lambda f: (-f[0], len(f[1].name)))  # whole names before `.old-`
     last = int(pointed[1]) if pointed else max((step for step, _ in folders), default=0)
-    problems = []
+    problems: list[CheckpointError] = []
     for _, folder in [f for f in folders if f[0] <= last] + [f for f in folders if f[0] > last]:
         try:
             return verify(folder), problems
@@ -293,7 +293,7 @@ def _point(root: Path, name: str) -> None:
 
 def _retain(root: Path, step: int, keep: int) -> None:
     """Delete all but the `keep` newest at or below `step`; the one just committed is the first of these."""
-    whole = [f for f in _steps(root) if f[0] <= step and (f[1] / MANIFEST).is_file()]
+    whole = [f for f in _steps(root) if f[0] <= step and not f[1].suffix and (f[1] / MANIFEST).is_file()]
     for _, folder in sorted(whole, reverse=True)[keep:]:
         try:
             doomed = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")

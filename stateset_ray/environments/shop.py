@@ -18,8 +18,8 @@ __all__ = [
     "Shop",
     "draw_address",
     "draw_order",
+    "find_addresses",
     "objection",
-    "same_address",
 ]
 
 ACTIONS = ("refund", "cancel", "change_address")
@@ -36,6 +36,9 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 _ITEMS = ("lamp", "kettle", "chair", "jacket", "camera", "table", "clock", "radio", "guitar", "mirror")
 _STREETS = ("Oak St", "Elm St", "Park Rd", "Hill Rd", "Lake Ave", "Mill Ln", "High St", "King Rd")
+_ADDRESS = re.compile(
+    rf"\b([1-9][0-9]?) ({'|'.join(street.split()[0] for street in _STREETS)})\b", re.IGNORECASE
+)
 _WHEN = {"processing": "ships", "shipped": "arrives", "delivered": "came"}
 
 Status = Literal["processing", "shipped", "delivered"]
@@ -97,7 +100,7 @@ class Shop:
         self._strict = strict
 
     def call(self, call: ToolCall) -> tuple[str, bool]:
-        """Carry out a call that `check_call` has passed: the result as text, and whether it changed an order."""
+        """Carry out a checked call: the result as text, and whether it changed an order."""
         order = self.orders.get(call.arguments["order"])
         if order is None:
             return "error: no such order", False
@@ -138,11 +141,11 @@ def draw_address(rng: random.Random) -> str:
     return f"{rng.randrange(2, 100)} {rng.choice(_STREETS)}"
 
 
-def same_address(one: str, other: str) -> bool:
-    """Whether two addresses have one house number and street, however they write "Street"."""
-    return _house(one) == _house(other) != ()
+def find_addresses(text: str) -> frozenset[str]:
+    """The addresses in a text, in one spelling: house number and first word of the street.
 
-
-def _house(address: str) -> tuple[str, ...]:
-    found = re.match(r"\W*(\d+)\W+([a-z]+)", address.casefold())
-    return found.groups() if found else ()
+    Example:
+        >>> find_addresses("It goes to 12 OAK Street now.")
+        frozenset({'12 oak'})
+    """
+    return frozenset(f"{number} {street.lower()}" for number, street in _ADDRESS.findall(text))

@@ -1,0 +1,77 @@
+"""Held-out evaluation: the same tasks with the same seeds, whatever policy plays them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import ray
+
+from stateset_ray.actors.jobs import GroupJob, GroupPayload
+from stateset_ray.actors.rollout_pool import RolloutPool
+from stateset_ray.config import Config
+from stateset_ray.environments.base import Environment
+from stateset_ray.errors import RunError
+from stateset_ray.types import Trajectory, derive_seed
+
+__all__ = ["Evaluation", "evaluate_heldout"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of one evaluation.
+
+    Attributes:
+        reward: mean over the scorable conversations.
+        rewards: task id -> reward, None where the conversation failed.
+        stop_reasons: how often each occurred.
+        conversation: the first task's conversation, to be read.
+    """
+
+    reward: float
+    rewards: dict[str, float | None]
+    stop_reasons: dict[str, int]
+    conversation: Trajectory
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without the conversation."""
+        return {
+            "reward": self.reward,
+            "tasks": len(self.rewards),
+            "failed": sum(r is None for r in self.rewards.values()),
+            "stop_reasons": self.stop_reasons,
+        }
+
+
+def evaluate_heldout(
+    pool: RolloutPool, environment: Environment, config: Config, should_stop: Callable[[], bool]
+) -> Evaluation:
+    """Play `evaluate.tasks` held-out tasks once each.
+
+    Raises:
+        RunError: not one conversation could be scored.
+    """
+    jobs = []
+    for index in range(config.evaluate.tasks):
+        task = environment.task("heldout", index)
+        # Not derived from the run's seed: two runs with different seeds are measured alike.
+        seed = derive_seed("heldout", task.id)
+        jobs.append(GroupJob(f"heldout/{task.id}", task, seed, 1, config.evaluate.temperature))
+    collected = pool.collect(jobs, should_stop)
+    reports = [handle.report for handle in collected.groups]
+    rewards = {report.job.task.id: report.rewards[0] for report in reports}
+    scored = [reward for reward in rewards.values() if reward is not None]
+    if not scored:
+        errors = [error for report in reports for error in report.errors]
+        raise RunError(
+            "no held-out conversation could be scored", given=errors[:1], mend="mend the environment first"
+        )
+    payload: GroupPayload = ray.get(collected.groups[0].payload)
+    return Evaluation(
+        fmean(scored), rewards,
+        dict(Counter(reason for report in reports for reason in report.stop_reasons)),
+        payload.group.trajectories[0],
+    )  # fmt: skip

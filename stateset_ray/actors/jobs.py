@@ -1,0 +1,143 @@
+"""What travels between the controller and the rollout workers: jobs out, reports back.
+
+Reports are metadata. The trajectories themselves stay in the object store, and only their references
+pass through the controller.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stateset_ray.grpo.samples import samples
+from stateset_ray.types import Sample, Task, TrajectoryGroup
+
+__all__ = ["Counts", "GroupJob", "GroupPayload", "GroupReport", "SampleSize", "report_on"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupJob:
+    """One task to be played `size` times.
+
+    Attributes:
+        id: `run/step/task`.
+        seed: of the whole group.
+        attempt: how often it was dispatched before.
+        temperature: of the replies.
+        expert: played by the environment's scripted expert instead of the policy.
+    """
+
+    id: str
+    task: Task
+    seed: int
+    size: int
+    temperature: float
+    attempt: int = 0
+    expert: bool = False
+
+    def again(self) -> GroupJob:
+        """The same job, one attempt later."""
+        return replace(self, attempt=self.attempt + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPayload:
+    """What stays in the object store: `samples[i]` are the rows of `group.trajectories[i]`."""
+
+    group: TrajectoryGroup
+    samples: tuple[tuple[Sample, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSize:
+    """Where a sample lies in its payload, and how long it is.
+
+    Attributes:
+        trajectory: index of its trajectory in the group.
+        row: index among that trajectory's samples.
+        tokens: length.
+        masked: tokens that the policy sampled.
+    """
+
+    trajectory: int
+    row: int
+    tokens: int
+    masked: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport:
+    """What the controller learns of a finished group.
+
+    Attributes:
+        rewards: per trajectory; None where it failed.
+        stop_reasons: per trajectory.
+        errors: messages of those that failed.
+        sizes: of every sample.
+        turns: replies per trajectory.
+        sampled: sampled tokens per trajectory.
+        infos: the environment's facts per trajectory.
+    """
+
+    job: GroupJob
+    rewards: tuple[float | None, ...]
+    stop_reasons: tuple[str, ...]
+    errors: tuple[str, ...]
+    sizes: tuple[SampleSize, ...]
+    turns: tuple[int, ...]
+    sampled: tuple[int, ...]
+    infos: tuple[dict[str, Any], ...]
+
+
+def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, GroupPayload]:
+    """The report of a group, and the payload that its sizes point into."""
+    played = group.trajectories
+    rows = tuple(tuple(samples(t)) for t in played)
+    sizes = tuple(
+        SampleSize(i, k, len(row), int(row.loss_mask.sum()))
+        for i, of_one in enumerate(rows)
+        for k, row in enumerate(of_one)
+    )
+    report = GroupReport(
+        job, group.rewards, tuple(t.stop_reason.value for t in played),
+        tuple(t.error for t in played if t.error), sizes,
+        tuple(len(t.turns) for t in played), tuple(t.sampled_tokens for t in played),
+        tuple(dict(t.info) for t in played),
+    )  # fmt: skip
+    return report, GroupPayload(group, rows)
+
+
+@dataclass
+class Counts:
+    """The account of trajectories: every dispatched one ends exactly once.
+
+    Attributes:
+        dispatched: trajectories sent to a worker, each attempt counted.
+        trained: those that gave gradient.
+        filtered: finished, but without gradient (all rewards of the group equal).
+        dropped: reason -> finished badly, excluded from baseline and gradient.
+        aborted: reason -> unfinished attempts, dispatched again or given up.
+    """
+
+    dispatched: int = 0
+    trained: int = 0
+    filtered: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    aborted: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every dispatched trajectory is accounted for."""
+        ended = self.trained + self.filtered + self.dropped.total() + self.aborted.total()
+        return self.dispatched == ended
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for metrics."""
+        return {
+            "dispatched": self.dispatched,
+            "trained": self.trained,
+            "filtered": self.filtered,
+            "dropped": dict(self.dropped),
+            "aborted": dict(self.aborted),
+        }

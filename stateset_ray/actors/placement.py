@@ -1,0 +1,166 @@
+"""Ray itself: joining or starting a cluster, and asking it for room.
+
+Who sits where is decided by `[cluster]` in the configuration and by nothing else. The room is one
+placement group: a bundle per rollout worker, then a bundle per learner rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from stateset_ray.config import Config
+from stateset_ray.errors import ClusterError
+
+__all__ = ["Placement", "bundles", "cluster", "describe", "import_paths", "place"]
+
+_log = logging.getLogger(__name__)
+
+
+def bundles(config: Config, *, learners: bool = True) -> list[dict[str, float]]:
+    """The bundles to ask for: one per rollout worker, then one per learner rank of a training run."""
+    room = config.cluster
+    learner = {"CPU": room.learner_cpus, "GPU": room.learner_gpus}
+    worker = {"CPU": room.worker_cpus, "GPU": room.worker_gpus}
+    wanted = [worker] * config.rollout.workers + [learner] * (config.learner.ranks if learners else 0)
+    return [{name: amount for name, amount in bundle.items() if amount} for bundle in wanted]
+
+
+def _totals(config: Config, *, learners: bool = True) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for bundle in bundles(config, learners=learners):
+        total.update(bundle)  # type: ignore[arg-type]  # amounts may be fractions
+    return total
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The placement as plain data, for `--dry-run`."""
+    return {
+        "strategy": config.cluster.strategy,
+        "address": _address(config) or "a local cluster of its own",
+        "learner_ranks": config.learner.ranks,
+        "rollout_workers": config.rollout.workers,
+        "bundles": bundles(config),
+        "total": dict(_totals(config)),
+    }
+
+
+def _address(config: Config) -> str:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def import_paths() -> list[str]:
+    """Folders that the controller imports from and a worker may lack: where the user's code lies."""
+    return [os.path.abspath(p or ".") for p in dict.fromkeys(["", *sys.path]) if not _installed(p)]
+
+
+def _installed(path: str) -> bool:
+    return path.startswith((sys.prefix, sys.base_prefix)) or path.endswith(".zip")
+
+
+@contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """Be connected to Ray: use this process's connection, join a cluster, or start one and end it.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = _address(config)
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=True, logging_level="ERROR")
+        else:
+            # Logical CPUs: on a laptop, actors that take turns may share a core.
+            cpus = max(os.cpu_count() or 1, math.ceil(_totals(config)["CPU"]))
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=config.cluster.dashboard,
+                log_to_driver=True, logging_level="ERROR",
+            )  # fmt: skip
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, ...
+        raise ClusterError(
+            f"Ray cannot be {'reached' if address else 'started'}: {error}",
+            given=address or "local",
+            mend="check cluster.address, RAY_ADDRESS and the token; stateset-ray doctor tells more",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Placement:
+    """Granted room: where each learner rank and rollout worker may be created."""
+
+    def __init__(self, config: Config, group: PlacementGroup) -> None:
+        self._config = config
+        self.group = group
+
+    def learner(self, rank: int) -> dict[str, Any]:
+        """Actor options of one learner rank."""
+        room = self._config.cluster
+        return self._options(self._config.rollout.workers + rank, room.learner_cpus, room.learner_gpus)
+
+    def worker(self, index: int) -> dict[str, Any]:
+        """Actor options of one rollout worker."""
+        room = self._config.cluster
+        return self._options(index, room.worker_cpus, room.worker_gpus)
+
+    def _options(self, bundle: int, cpus: float, gpus: float) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=bundle,
+            placement_group_capture_child_tasks=True,
+        )  # fmt: skip
+        return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
+
+
+@contextmanager
+def place(config: Config, *, learners: bool = True) -> Iterator[Placement]:
+    """Reserve room for the whole run, all or nothing, and give it back.
+
+    Args:
+        learners: False for rollouts alone, as in an evaluation.
+
+    Raises:
+        ClusterError: not granted within `cluster.wait_seconds`; the message says what is missing.
+    """
+    group = placement_group(bundles(config, learners=learners), strategy=config.cluster.strategy)
+    wanted = _totals(config, learners=learners)
+    deadline = time.monotonic() + config.cluster.wait_seconds
+    try:
+        while not group.wait(timeout_seconds=min(5, max(0.1, deadline - time.monotonic()))):
+            missing = _missing(config, wanted)
+            _log.warning("waiting for resources: %s", missing)
+            # A cluster of this run's own never grows, so there is nothing to wait for.
+            if time.monotonic() > deadline or not _address(config):
+                raise ClusterError(
+                    f"Ray did not grant the resources in time: {missing}",
+                    given=dict(wanted),
+                    mend="add nodes, ask for less in [cluster], or raise cluster.wait_seconds",
+                )
+        yield Placement(config, group)
+    finally:
+        remove_placement_group(group)
+
+
+def _missing(config: Config, wanted: Counter[str]) -> str:
+    have, free = ray.cluster_resources(), ray.available_resources()
+    lines = [
+        f"{name}: {amount:g} wanted, {free.get(name, 0):g} free of {have.get(name, 0):g}"
+        for name, amount in wanted.items()
+        if free.get(name, 0) < amount
+    ]
+    return "; ".join(lines) or f"no node fits a single bundle with strategy {config.cluster.strategy}"

@@ -1,0 +1,41 @@
+"""Waiting for remote calls: with a limit, a name, and the error that was really raised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayTaskError
+
+from stateset_ray.errors import StatesetError, WaitTimeout
+
+__all__ = ["cause_of", "get"]
+
+
+def get(refs: Any, *, timeout: float, waiting_for: str) -> Any:
+    """`ray.get` with a limit.
+
+    Args:
+        refs: a reference or a list of them.
+        timeout: seconds.
+        waiting_for: completes "the controller waited ... s for", in the error.
+
+    Raises:
+        WaitTimeout: the limit passed.
+        StatesetError: the remote side raised it; other errors come as Ray gives them.
+    """
+    try:
+        return ray.get(refs, timeout=timeout)
+    except GetTimeoutError as error:
+        raise WaitTimeout(
+            f"the controller waited {timeout:.0f} s for {waiting_for}",
+            mend="look at that actor's log; raise the limit if the work is really that long",
+        ) from error
+    except RayTaskError as error:
+        raise cause_of(error) from None
+
+
+def cause_of(error: RayTaskError) -> Exception:
+    """The project's own error inside a remote one, or the remote one."""
+    cause = error.cause
+    return cause if isinstance(cause, StatesetError) else error

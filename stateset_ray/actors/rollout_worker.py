@@ -1,0 +1,146 @@
+"""One rollout worker: a Ray actor that holds an engine and plays many conversations at once.
+
+It never speaks of weights it does not have: every `play` names the version it wants and carries a
+reference to it, so that a restarted worker heals itself before it answers anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from stateset_ray.actors.jobs import GroupJob, GroupPayload, GroupReport, report_on
+from stateset_ray.config import Config
+from stateset_ray.environments.base import build_environment
+from stateset_ray.errors import InfrastructureFault
+from stateset_ray.models import choose_hardware, generation_stop_ids, load_model, load_tokenizer
+from stateset_ray.policies.base import Policy
+from stateset_ray.policies.renderer import Renderer
+from stateset_ray.policies.scripted import ScriptedPolicy
+from stateset_ray.policies.transformers_engine import TransformersEngine
+from stateset_ray.policies.weights import decode
+from stateset_ray.rollout import rollout
+from stateset_ray.types import Trajectory, TrajectoryGroup
+
+__all__ = ["RolloutWorker"]
+
+_NO_WEIGHTS = -1
+
+
+class RolloutWorker:
+    """Plays groups of conversations; wrapped as a Ray actor by `RolloutPool`.
+
+    Args:
+        config: of the run.
+        index: of this worker in the pool.
+        peers: workers that share this machine's cores.
+        import_paths: where the environment's module is found, besides the installed packages.
+    """
+
+    def __init__(self, config: Config, index: int, peers: int, import_paths: Sequence[str]) -> None:
+        self._config = config
+        self._index = index
+        self._peers = peers
+        self._import_paths = import_paths
+        self._engine: TransformersEngine | None = None
+        self._setting_up = asyncio.Lock()
+        self._loading = asyncio.Lock()
+        self._places = asyncio.Semaphore(config.rollout.concurrency)
+
+    def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
+        return f"RolloutWorker-{self._index}"
+
+    async def ready(self) -> dict[str, Any]:
+        """Load everything on the first call (a constructor could not report its errors); facts about it.
+
+        Raises:
+            StatesetError: the model, its template or the hardware is not as configured.
+        """
+        async with self._setting_up:
+            if self._engine is None:
+                self._set_up()
+        return {"pid": os.getpid(), "rewrites_history": self._renderer.rewrites_history}
+
+    def _set_up(self) -> None:
+        sys.path[:0] = [p for p in self._import_paths if p not in sys.path]
+        limits, model = self._config.rollout, self._config.model
+        # Blocking environments get a thread per conversation: a hung one must not starve the others.
+        threads = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="environment")
+        asyncio.get_running_loop().set_default_executor(threads)
+        hardware = choose_hardware(model, len(ray.get_gpu_ids()), self._peers)
+        hardware.apply()
+        self._renderer = Renderer(load_tokenizer(model.name), generation_stop_ids(model.name))
+        self._engine = TransformersEngine(
+            load_model(model.name, hardware), self._renderer.stop_ids,
+            slots=limits.concurrency, max_context=limits.max_context, hardware=hardware,
+        )  # fmt: skip
+        self._engine.version = _NO_WEIGHTS
+
+    async def play(
+        self, version: int, weights: Mapping[str, Any], jobs: Sequence[GroupJob]
+    ) -> AsyncIterator[GroupReport | GroupPayload]:
+        """Play groups with one version of the weights.
+
+        Args:
+            version: the version that must answer.
+            weights: {"ref": reference to the encoded weights}; nested, so that they are fetched only if
+                this worker does not hold them yet.
+            jobs: what to play.
+
+        Yields:
+            For each group, in the order they finish: its report, then its payload.
+        """
+        engine = self._loaded()
+        if any(not job.expert for job in jobs):
+            await self._hold(engine, version, weights)
+        groups = [asyncio.create_task(self._group(job)) for job in jobs]
+        try:
+            for done in asyncio.as_completed(groups):
+                report, payload = await done
+                yield report
+                yield payload
+        finally:
+            for task in groups:
+                task.cancel()
+
+    def stats(self) -> dict[str, float]:
+        """What the engine has done so far; see `EngineStats`."""
+        return dict(vars(self._loaded().stats))
+
+    def _loaded(self) -> TransformersEngine:
+        if self._engine is None:
+            raise InfrastructureFault("this rollout worker was asked to play before it was ready")
+        return self._engine
+
+    async def _hold(self, engine: TransformersEngine, version: int, weights: Mapping[str, Any]) -> None:
+        async with self._loading:
+            if engine.version == version:
+                return
+            if weights["ref"] is None:  # nothing was published: the weights it was built with
+                engine.version = version
+                return
+            arrays = await weights["ref"]
+            await engine.load_weights(version, {name: decode(a) for name, a in arrays.items()})
+
+    async def _group(self, job: GroupJob) -> tuple[GroupReport, GroupPayload]:
+        played = await asyncio.gather(*[self._one(job, sample) for sample in range(job.size)])
+        return report_on(job, TrajectoryGroup(job.task, tuple(played)))
+
+    async def _one(self, job: GroupJob, sample: int) -> Trajectory:
+        async with self._places:
+            section = self._config.environment
+            environment = build_environment(section.path, section.options)
+            policy: Policy = self._loaded()
+            if job.expert:
+                policy = ScriptedPolicy(self._renderer, lambda _: environment.expert())
+            return await rollout(
+                environment, job.task, policy, self._renderer, self._config.rollout,
+                id=f"{job.id}/{sample}/{job.attempt}", seed=job.seed, sample=sample,
+                temperature=job.temperature,
+            )  # fmt: skip

@@ -1,0 +1,112 @@
+"""THE OUTER LOOP. Read this first.
+
+    environments -> rollout -> grpo -> learner -> weights -> (back to rollout)
+
+Each step plays every task `group_size` times on the rollout workers, compares the conversations of a
+task with each other, takes one optimizer step on every learner rank, and publishes the new weights.
+Who waits for whom: everything here is in turn. The controller waits for the workers, then for the
+learners; the same loop with rollouts running ahead would be a second file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from stateset_ray.actors.credit import policy_batch, supervised_batch
+from stateset_ray.actors.run import OnEvent, Run, open_run
+from stateset_ray.config import Config
+from stateset_ray.errors import RunError
+
+__all__ = ["train", "train_step"]
+
+
+def train(config: Config, *, resume: bool = False, on_event: OnEvent = lambda _: None) -> dict[str, Any]:
+    """Train a policy from a configuration; returns what `summary.json` holds.
+
+    Args:
+        config: the whole configuration.
+        resume: continue the run of that name from its newest whole checkpoint, exactly.
+        on_event: called with each event ("step", "evaluation", "checkpoint", ...).
+
+    Raises:
+        StatesetError: what went wrong; the last checkpoint is whole.
+        KeyboardInterrupt: it was told to stop, and has saved.
+    """
+    with open_run(config, resume=resume, on_event=on_event) as run:
+        try:
+            _prepare(run)
+            for step in run.steps():
+                train_step(run, step)
+            run.evaluate("after")
+            return run.finish()
+        except KeyboardInterrupt:
+            path = run.save_if_new()
+            run.emit("interrupted", step=run.step, checkpoint=str(path) if path else None)
+            raise
+
+
+def train_step(run: Run, step: int) -> Mapping[str, float]:
+    """One turn of the circle; `train`, sweeps and other drivers all take this step."""
+    clock = _Clock()
+    with clock.phase("rollout"):
+        collected = run.collect(run.jobs(step))
+    with clock.phase("credit"):
+        batch = policy_batch(collected, run.config)
+    update: Mapping[str, float] = {}
+    with clock.phase("learner"):
+        if batch.samples:
+            update = run.learners.update(batch.samples, batch.denominator, step)
+    with clock.phase("publish"):
+        if update:
+            run.publish(run.version + 1)
+    run.after(collected, batch, update, clock.seconds)
+    return update
+
+
+def _prepare(run: Run) -> None:
+    """What comes before GRPO: evaluate, warm-start, evaluate again. Done once, also if resumed."""
+    if run.step or run.results.get("warm_started"):
+        return
+    warm_start = run.config.train.warm_start
+    if warm_start.steps:
+        run.evaluate("untrained")
+        for step in range(warm_start.steps):
+            _supervised_step(run, step)
+        run.publish(run.version)
+        run.results["warm_started"] = warm_start.steps
+    run.evaluate("before")
+    if warm_start.steps:
+        run.save()
+
+
+def _supervised_step(run: Run, step: int) -> None:
+    """Learn from dialogues of the environment's own expert, through the same learner and mask."""
+    started = time.monotonic()
+    collected = run.collect(run.expert_jobs(step))
+    batch = supervised_batch(collected)
+    if not batch.samples:
+        errors = [error for handle in collected.groups for error in handle.report.errors]
+        raise RunError(
+            "not one expert dialogue could be finished, so there is nothing to warm-start from",
+            given=errors[:1],
+            mend="mend the environment's expert(), or set train.warm_start.steps=0",
+        )
+    update = run.learners.update(batch.samples, batch.denominator, step, "supervised")
+    run.version += 1
+    run.emit("warm_start", step=step, loss=update["loss"], seconds=time.monotonic() - started)
+
+
+class _Clock:
+    """Seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Any:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
