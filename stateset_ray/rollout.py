@@ -98,6 +98,8 @@ async def _play(
     talk.info = dict(step.info)
     if step.terminated or step.truncated or not step.messages:
         raise EnvironmentFault("the environment's reset left nothing for the policy to answer", given=task.id)
+    if step.reward:
+        raise RewardFault("reset earns nothing, because no reply was given yet", given=step.reward)
     context, forked = renderer.opening(talk.messages), False
     while True:
         # The limits that a next turn would pass are checked before it is begun, so that ids, mask and

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 __all__ = [
     "Message",
@@ -248,7 +248,7 @@ class Trajectory:
 
 @cache
 def _trajectory_adapter() -> TypeAdapter[Trajectory]:
-    return TypeAdapter(Trajectory, config=ConfigDict(ser_json_inf_nan="constants"))
+    return TypeAdapter(Trajectory)
 
 
 @dataclass(frozen=True, slots=True)

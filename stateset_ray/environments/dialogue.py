@@ -112,7 +112,7 @@ class Memory:
         self._seen: set[str] = set()
 
     def fault(self, text: str) -> str:
-        """"empty", "repeated" (but for case, space and punctuation), or "" for a reply that is neither."""
+        """What is wrong with a reply: "empty", "repeated" (but for case and punctuation), or ""."""
         words = " ".join(re.findall(r"\w+", text.casefold()))
         if not words:
             return "empty"

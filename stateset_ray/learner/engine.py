@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -112,12 +112,13 @@ class DeepSpeedEngine:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(config, hardware.dtype, model.config.hidden_size),
-            dist_init_required=False,
-        )
+        with redirect_stdout(sys.stderr):  # its bfloat16 optimizer prints
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=_deepspeed_config(config, hardware.dtype, model.config.hidden_size),
+                dist_init_required=False,
+            )
         self._gather = deepspeed.zero.GatheredParameters if config.zero_stage == 3 else None
         self._pristine = True
 

@@ -1,0 +1,28 @@
+"""The tiny model, loaded once."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def hardware():
+    from stateset_ray.config import ModelConfig
+    from stateset_ray.models import choose_hardware
+
+    chosen = choose_hardware(ModelConfig(name="tiny", threads=1, device="cpu"), gpus=0)
+    chosen.apply()
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def tiny(hardware):
+    from stateset_ray.models import load_model
+
+    return load_model("tiny", hardware)
+
+
+@pytest.fixture(scope="session")
+def renderer():
+    from stateset_ray.models import load_tokenizer
+    from stateset_ray.policies.renderer import Renderer
+
+    return Renderer(load_tokenizer("tiny"))

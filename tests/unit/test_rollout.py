@@ -1,0 +1,297 @@
+"""The inner loop: limits, stop reasons, failures as data, cleanup, what is written down."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from stateset_ray.config import RolloutConfig
+from stateset_ray.environments.base import Environment
+from stateset_ray.errors import InfrastructureFault
+from stateset_ray.policies.base import Reply
+from stateset_ray.policies.scripted import ScriptedPolicy
+from stateset_ray.policies.transformers_engine import TransformersEngine
+from stateset_ray.rollout import rollout
+from stateset_ray.types import Message, Step, StopReason, Task
+
+TASK = Task("train-0", 4)
+
+
+class Chat(Environment):
+    """Asks on and on; each reply earns its length in tenths. Subclasses misbehave."""
+
+    def __init__(self):
+        self.closed = 0
+        self.heard = []
+
+    async def reset(self, task, seed):
+        return Step((Message("system", "be brief"), Message("user", "hi")))
+
+    async def step(self, message):
+        self.heard.append(message.content)
+        return Step((Message("tool", "42"), Message("user", "more?")), reward=0.5, terminated=len(self.heard) == 3)
+
+    def close(self):
+        self.closed += 1
+
+
+def play(environment, policy, renderer, **limits):
+    limits = RolloutConfig(**{"max_context": 400, "max_turn_tokens": 40, "max_turns": 5, **limits})
+    return asyncio.run(rollout(environment, TASK, policy, renderer, limits, id="r/0/train-0/0/0", seed=1))
+
+
+def test_a_whole_conversation(renderer):
+    environment = Chat()
+    trajectory = play(environment, ScriptedPolicy(renderer, lambda m: f"reply {len(m)}", version=3), renderer)
+    assert trajectory.stop_reason is StopReason.COMPLETED
+    assert trajectory.reward == 1.5
+    assert environment.heard == ["reply 2", "reply 5", "reply 8"]
+    assert [m.role for m in trajectory.messages[:5]] == ["system", "user", "assistant", "tool", "user"]
+    assert {turn.policy_version for turn in trajectory.turns} == {3}
+    assert environment.closed == 1
+
+
+def test_each_prompt_continues_what_was_sampled_byte_for_byte(renderer, tiny, hardware):
+    seen = []
+
+    class Spy(TransformersEngine):
+        async def reply(self, request):
+            seen.append((request.prompt_ids, reply := await super().reply(request)))
+            return reply
+
+    async def main():
+        engine = Spy(tiny, renderer.stop_ids, slots=1, max_context=400, hardware=hardware)
+        limits = RolloutConfig(max_context=400, max_turn_tokens=20, max_turns=5, on_cut_reply="close")
+        return await rollout(Chat(), TASK, engine, renderer, limits, id="x", seed=1)
+
+    trajectory = asyncio.run(main())
+    assert len(seen) == 3
+    for (before, reply), (after, _) in zip(seen, seen[1:], strict=False):
+        assert after[: len(before) + len(reply.token_ids)] == before + reply.token_ids
+    assert list(trajectory.prompts()) == [prompt for prompt, _ in seen]
+    assert renderer.text(trajectory.turns[0].token_ids) == trajectory.messages[2].content
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "turns"),
+    [
+        ({"max_turns": 2}, StopReason.MAX_TURNS, 2),
+        ({"max_turn_tokens": 3}, StopReason.TURN_TOKENS, 1),
+        ({"max_turn_tokens": 3, "on_cut_reply": "close"}, StopReason.COMPLETED, 3),
+        ({"max_sampled_tokens": 10}, StopReason.SAMPLED_TOKENS, 2),
+        ({"max_context": 75}, StopReason.CONTEXT, 1),
+    ],
+)
+def test_every_limit_has_its_name(renderer, limits, reason, turns):
+    trajectory = play(Chat(), ScriptedPolicy(renderer, lambda m: "abcde"), renderer, **limits)
+    assert (trajectory.stop_reason, len(trajectory.turns)) == (reason, turns)
+    assert trajectory.reward == 0.5 * turns
+    assert reason.truncated == (reason is not StopReason.COMPLETED)
+    total = sum(len(t.context_ids) + len(t.token_ids) for t in trajectory.turns)
+    assert total <= limits.get("max_context", 400)
+    assert trajectory.sampled_tokens <= limits.get("max_sampled_tokens", 400)
+
+
+def test_a_cut_reply_is_closed_outside_the_mask(renderer):
+    trajectory = play(
+        Chat(), ScriptedPolicy(renderer, lambda m: "abcde"), renderer, max_turn_tokens=3, on_cut_reply="close"
+    )
+    (stop,) = renderer.stop_ids
+    assert stop not in trajectory.turns[0].token_ids
+    assert trajectory.turns[1].context_ids[0] == stop
+
+
+def test_an_environment_may_truncate(renderer):
+    class Impatient(Chat):
+        async def step(self, message):
+            return Step(reward=-0.5, truncated=True)
+
+    trajectory = play(Impatient(), ScriptedPolicy(renderer, lambda m: "x"), renderer)
+    assert (trajectory.stop_reason, trajectory.reward) == (StopReason.ENVIRONMENT_LIMIT, -0.5)
+
+
+class Raises(Chat):
+    async def step(self, message):
+        raise KeyError("order")
+
+
+class RaisesInThread(Chat):
+    def step(self, message):
+        raise TimeoutError("the database is away")
+
+
+class Hangs(Chat):
+    async def step(self, message):
+        await asyncio.Event().wait()
+
+
+class BlocksAThread(Chat):
+    def step(self, message):
+        time.sleep(1.0)
+        return Step()
+
+
+class Garbage(Chat):
+    async def step(self, message):
+        return "ok"
+
+
+class SpeaksForThePolicy(Chat):
+    async def step(self, message):
+        return Step((Message("assistant", "no"),))
+
+
+class Silent(Chat):
+    async def reset(self, task, seed):
+        return Step()
+
+
+class PaysForNothing(Chat):
+    async def reset(self, task, seed):
+        return Step((Message("user", "hi"),), reward=1.0)
+
+
+class NotANumber(Chat):
+    async def step(self, message):
+        return Step(reward=float("nan"))
+
+
+class NoNumber(Chat):
+    async def step(self, message):
+        return Step(reward="much")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "says"),
+    [
+        (Raises, StopReason.ENVIRONMENT_ERROR, "Raises.step raised KeyError: 'order'"),
+        (RaisesInThread, StopReason.ENVIRONMENT_ERROR, "the database is away"),
+        (Hangs, StopReason.ENVIRONMENT_ERROR, "Hangs.step took longer than rollout.environment_timeout"),
+        (BlocksAThread, StopReason.ENVIRONMENT_ERROR, "took longer"),
+        (Garbage, StopReason.ENVIRONMENT_ERROR, "must return a Step"),
+        (SpeaksForThePolicy, StopReason.ENVIRONMENT_ERROR, "only the policy speaks as assistant"),
+        (Silent, StopReason.ENVIRONMENT_ERROR, "left nothing for the policy"),
+        (PaysForNothing, StopReason.REWARD_ERROR, "reset earns nothing"),
+        (NotANumber, StopReason.REWARD_ERROR, "not a finite number"),
+        (NoNumber, StopReason.REWARD_ERROR, "not a finite number"),
+    ],
+)
+def test_a_bad_environment_is_data_and_never_a_reward(renderer, kind, reason, says):
+    environment = kind()
+    trajectory = play(environment, ScriptedPolicy(renderer, lambda m: "x"), renderer, environment_timeout=0.2)
+    assert trajectory.stop_reason is reason
+    assert trajectory.reward is None
+    assert says in trajectory.error
+    assert environment.closed == 1
+
+
+class Scripts:
+    """A policy that returns what it is told to."""
+
+    def __init__(self, act):
+        self.act = act
+        self.released = []
+
+    async def reply(self, request):
+        return await self.act()
+
+    def release(self, conversation):
+        self.released.append(conversation)
+
+
+async def broken():
+    raise InfrastructureFault("the engine is gone")
+
+
+async def nan():
+    return Reply((5,), (float("nan"),), 0, "stop")
+
+
+async def nothing():
+    return Reply((), (), 0, "stop")
+
+
+async def forever():
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("act", "reason", "says"),
+    [
+        (broken, StopReason.INFRASTRUCTURE_ERROR, "the engine is gone"),
+        (nan, StopReason.INFRASTRUCTURE_ERROR, "not finite"),
+        (nothing, StopReason.INFRASTRUCTURE_ERROR, "no tokens"),
+        (forever, StopReason.TIMEOUT, "rollout.turn_timeout"),
+    ],
+)
+def test_a_failing_policy_is_not_the_environments_fault(renderer, act, reason, says):
+    policy, environment = Scripts(act), Chat()
+    trajectory = play(environment, policy, renderer, turn_timeout=0.2)
+    assert (trajectory.stop_reason, trajectory.reward) == (reason, None)
+    assert says in trajectory.error
+    assert (policy.released, environment.closed) == (["r/0/train-0/0/0"], 1)
+
+
+def test_a_conversation_has_a_time_limit_of_its_own(renderer):
+    trajectory = play(Chat(), Scripts(forever), renderer, turn_timeout=0.3, conversation_timeout=0.3)
+    assert trajectory.stop_reason is StopReason.TIMEOUT
+
+
+def test_cancelling_closes_the_environment(renderer):
+    environment, waiting = Chat(), asyncio.Event()
+
+    async def wait():
+        waiting.set()
+        await forever()
+
+    policy = Scripts(wait)
+
+    async def main():
+        limits = RolloutConfig(max_context=400)
+        talk = asyncio.create_task(rollout(environment, TASK, policy, renderer, limits, id="x", seed=1))
+        await waiting.wait()
+        talk.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await talk
+
+    asyncio.run(main())
+    assert (environment.closed, policy.released) == (1, ["x"])
+
+
+def test_a_failing_close_does_not_hide_the_end(renderer):
+    class Sticky(Chat):
+        def close(self):
+            super().close()
+            raise OSError("still open")
+
+    trajectory = play(Sticky(), ScriptedPolicy(renderer, lambda m: "x"), renderer)
+    assert (trajectory.stop_reason, trajectory.reward) == (StopReason.COMPLETED, 1.5)
+    assert "still open" in trajectory.error
+
+
+def test_one_failing_conversation_does_not_stop_the_others(renderer, tiny, hardware):
+    async def main():
+        engine = TransformersEngine(tiny, renderer.stop_ids, slots=3, max_context=400, hardware=hardware)
+        limits = RolloutConfig(max_context=400, max_turn_tokens=8, on_cut_reply="close", environment_timeout=0.3)
+        kinds = [Chat, Raises, Hangs, Chat]
+        return await asyncio.gather(
+            *[rollout(k(), TASK, engine, renderer, limits, id=str(i), seed=i) for i, k in enumerate(kinds)]
+        )
+
+    reasons = [t.stop_reason.value for t in asyncio.run(main())]
+    assert reasons == ["completed", "environment_error", "environment_error", "completed"]
+
+
+def test_members_of_a_group_start_alike_and_differ_in_their_replies(renderer, tiny, hardware):
+    async def main():
+        engine = TransformersEngine(tiny, renderer.stop_ids, slots=4, max_context=400, hardware=hardware)
+        limits = RolloutConfig(max_context=400, max_turn_tokens=12, on_cut_reply="close")
+        return await asyncio.gather(
+            *[rollout(Chat(), TASK, engine, renderer, limits, id=str(i), seed=5, sample=i) for i in range(4)]
+        )
+
+    played = asyncio.run(main())
+    assert len({t.turns[0].context_ids for t in played}) == 1
+    assert len({t.turns[0].token_ids for t in played}) == 4
+    assert np.isfinite([p for t in played for turn in t.turns for p in turn.logprobs]).all()
