@@ -66,9 +66,7 @@ class ModelConfig(_Section):
 class EnvironmentConfig(_Section):
     """Which environment is played, by import path `package.module:Class`, and its options."""
 
-    path: str = Field(
-        default="stateset_ray.environments.echo:Echo", pattern=r"^[\w.]+:[A-Za-z_]\w*$"
-    )
+    path: str = Field(default="stateset_ray.environments.echo:Echo", pattern=r"^[\w.]+:[A-Za-z_]\w*$")
     options: Mapping[str, Any] = Field(default_factory=dict)
 
 

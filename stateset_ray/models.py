@@ -310,7 +310,7 @@ def check_fits(config: Config) -> None:
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None and config.rollout.max_context > positions:
         raise ConfigError(
-            f"rollout.max_context = {config.rollout.max_context} exceeds the {positions} positions of the model",
+            f"rollout.max_context = {config.rollout.max_context} exceeds the model's {positions} positions",
             given=config.model.name,
             mend=f"set rollout.max_context to at most {positions}",
         )

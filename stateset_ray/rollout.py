@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stateset_ray.config import RolloutConfig
@@ -118,9 +118,10 @@ async def _play(
         message = Message("assistant", renderer.text(reply.token_ids))
         talk.ids = [*prompt, *reply.token_ids]
         talk.messages.append(message)
-        talk.turns.append(_turn(context, reply, 0.0, forked and bool(talk.turns)))
+        turn = Turn(context, reply.token_ids, reply.logprobs, reply.policy_version, forked=forked)
+        talk.turns.append(turn)
         step = await _ask(environment, "step", limits, message)
-        talk.turns[-1] = _turn(context, reply, step.reward, talk.turns[-1].forked)
+        talk.turns[-1] = replace(turn, reward=step.reward)
         talk.messages += step.messages
         talk.info = dict(step.info)
         reason = _end(step, reply, limits, len(talk.turns), budget)
@@ -129,10 +130,6 @@ async def _play(
         context, forked = renderer.next_prompt(
             talk.ids, talk.messages, len(step.messages), stopped=reply.finish == "stop"
         )
-
-
-def _turn(context: tuple[int, ...], reply: Reply, reward: float, forked: bool) -> Turn:
-    return Turn(context, reply.token_ids, reply.logprobs, reply.policy_version, reward, forked)
 
 
 def _end(step: Step, reply: Reply, limits: RolloutConfig, turns: int, budget: int) -> StopReason | None:
@@ -200,4 +197,3 @@ async def _close(environment: Environment, timeout: float) -> str | None:
     except Exception as error:  # a failing close must not hide how the conversation ended
         return f"{type(environment).__name__}.close raised {type(error).__name__}: {error}"
     return None
-

@@ -71,9 +71,7 @@ class LearnerRank:
         """One optimizer step; samples are fetched here, from wherever they lie."""
         refs = payloads["refs"]
         needed = sorted({index for micro_batch in micro_batches for index, _, _ in micro_batch})
-        fetched: dict[int, GroupPayload] = dict(
-            zip(needed, ray.get([refs[i] for i in needed]), strict=True)
-        )
+        fetched: dict[int, GroupPayload] = dict(zip(needed, ray.get([refs[i] for i in needed]), strict=True))
         rows = [
             [
                 fetched[index].samples[size.trajectory][size.row].scaled(advantage)
@@ -136,7 +134,9 @@ class LearnerGroup:
         parts = plan([s.size.tokens for s in samples], learner.ranks, learner.micro_batch_tokens)
         rows = [(where[s.payload], s.size, s.advantage) for s in samples]
         calls = [
-            rank.update.remote([[rows[i] for i in mb] for mb in part], {"refs": refs}, denominator, step, loss)
+            rank.update.remote(
+                [[rows[i] for i in mb] for mb in part], {"refs": refs}, denominator, step, loss
+            )
             for rank, part in zip(self._ranks, parts, strict=True)
         ]
         return dict(self._all(calls, "an update")[0])
@@ -198,7 +198,9 @@ def learner_group(config: Config, placement: Placement) -> Iterator[LearnerGroup
     cls = ray.remote(max_restarts=0)(LearnerRank)
     ranks = [cls.options(**placement.learner(r)).remote(config, r) for r in range(config.learner.ranks)]
     try:
-        found = get([r.where.remote() for r in ranks], timeout=limit, waiting_for="the learner ranks to start")
+        found = get(
+            [r.where.remote() for r in ranks], timeout=limit, waiting_for="the learner ranks to start"
+        )
         nodes = [node for node, _, _ in found]
         master = (found[0][1], found[0][2])
         pids = get(

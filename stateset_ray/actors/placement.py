@@ -40,7 +40,7 @@ def bundles(config: Config, *, learners: bool = True) -> list[dict[str, float]]:
 def _totals(config: Config, *, learners: bool = True) -> Counter[str]:
     total: Counter[str] = Counter()
     for bundle in bundles(config, learners=learners):
-        total.update(bundle)  # type: ignore[arg-type]  # amounts may be fractions
+        total.update(bundle)
     return total
 
 

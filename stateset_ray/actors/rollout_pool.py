@@ -90,9 +90,7 @@ class RolloutPool:
         limit = self._config.cluster.wait_seconds
         return list(get(refs, timeout=limit, waiting_for="the rollout workers' answers"))
 
-    def collect(
-        self, jobs: Sequence[GroupJob], should_stop: Callable[[], bool] = lambda: False
-    ) -> Collected:
+    def collect(self, jobs: Sequence[GroupJob], should_stop: Callable[[], bool] = lambda: False) -> Collected:
         """Play every job once with the published weights.
 
         Args:
@@ -124,7 +122,7 @@ class RolloutPool:
                 raise WaitTimeout(
                     f"the controller got no report from any rollout worker for {limit:.0f} s",
                     given={w.index: sorted(w.jobs) for w in self._workers},
-                    mend="look at the workers' logs; a reply or an environment may hang without its own limit",
+                    mend="look at the workers' logs; something hangs without a limit of its own",
                 )
         order = {job.id: i for i, job in enumerate(jobs)}
         state.groups.sort(key=lambda handle: order[handle.report.job.id])
@@ -280,4 +278,3 @@ def rollout_pool(config: Config, placement: Placement) -> Iterator[RolloutPool]:
     finally:
         for worker in workers:
             ray.kill(worker.actor)
-

@@ -1,11 +1,11 @@
 """A run: everything that is open while training, and its folder.
 
-    runs/<name>/
-      config.toml          the resolved configuration
-      metrics.jsonl        one object per step
-      trajectories.jsonl   sampled conversations, token by token
-      checkpoints/         see stateset_ray.checkpoint
-      summary.json         written at the end
+runs/<name>/
+  config.toml          the resolved configuration
+  metrics.jsonl        one object per step
+  trajectories.jsonl   sampled conversations, token by token
+  checkpoints/         see stateset_ray.checkpoint
+  summary.json         written at the end
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stateset_ray.actors.placement import cluster, place
 from stateset_ray.actors.rollout_pool import Collected, RolloutPool, rollout_pool
 from stateset_ray.config import Config, load_config
 from stateset_ray.environments.base import Environment, build_environment
-from stateset_ray.errors import CheckpointError, ConfigError, RunError
+from stateset_ray.errors import ConfigError, RunError
 from stateset_ray.metrics import JsonLines, MemoryMeter, spread, versions
 from stateset_ray.models import check_fits, local_folder
 from stateset_ray.types import derive_seed

@@ -58,7 +58,7 @@ class Environment(ABC):
     def step(self, message: Message) -> Step | Awaitable[Step]:
         """Answer one reply of the policy: new messages, the reply's reward, whether this is the end."""
 
-    def close(self) -> None | Awaitable[None]:
+    def close(self) -> Awaitable[None] | None:
         """Free what the conversation held; called exactly once, after success, failure and cancel."""
         return None
 
@@ -104,9 +104,7 @@ def load_environment(path: str, options: Mapping[str, Any]) -> type[Environment]
         near = [
             name
             for name, value in vars(module).items()
-            if isinstance(value, type)
-            and issubclass(value, Environment)
-            and not inspect.isabstract(value)
+            if isinstance(value, type) and issubclass(value, Environment) and not inspect.isabstract(value)
         ]
         raise ConfigError(
             f"{module_name} has no Environment class {class_name!r}",
@@ -133,6 +131,4 @@ def build_environment(path: str, options: Mapping[str, Any]) -> Environment:
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{cls.__name__} refuses its options: {error}", given=dict(options)
-        ) from error
+        raise ConfigError(f"{cls.__name__} refuses its options: {error}", given=dict(options)) from error

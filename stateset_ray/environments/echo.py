@@ -43,9 +43,10 @@ class Echo(Environment):
         ConfigError: an option is out of range.
 
     Example:
+        >>> import asyncio
         >>> echo = Echo(turns=1)
-        >>> opening = echo.reset(echo.task("train", 0), seed=0)
-        >>> echo.step(Message("assistant", echo.expert())).reward
+        >>> opening = asyncio.run(echo.reset(echo.task("train", 0), seed=0))
+        >>> asyncio.run(echo.step(Message("assistant", echo.expert()))).reward
         1.0
     """
 
@@ -65,14 +66,14 @@ class Echo(Environment):
         self._turn = 0
         self._right = 0
 
-    def reset(self, task: Task, seed: int) -> Step:
+    async def reset(self, task: Task, seed: int) -> Step:
         """Draw the words from the task's seed and say the first; nothing else is random."""
         rng = random.Random(task.seed)
         self._words = tuple(self._draw(rng) for _ in range(self._turns))
         self._turn = self._right = 0
         return Step((self._say(),))
 
-    def step(self, message: Message) -> Step:
+    async def step(self, message: Message) -> Step:
         """Score one reply and say the next word, or end after the last."""
         word, reply = self.expert(), message.content.strip()
         self._turn += 1

@@ -16,6 +16,7 @@ __all__ = [
     "TOOLS",
     "Order",
     "Shop",
+    "Status",
     "draw_address",
     "draw_order",
     "find_addresses",

@@ -17,7 +17,16 @@ import torch.nn.functional as F
 
 __all__ = ["MAXIMA", "SUMS", "LossTerms", "k3", "policy_loss", "supervised_loss", "token_logprobs"]
 
-SUMS = ("loss", "tokens", "ratio", "clipped_low", "clipped_high", "mismatch_k1", "mismatch_k3", "kl_reference")
+SUMS = (
+    "loss",
+    "tokens",
+    "ratio",
+    "clipped_low",
+    "clipped_high",
+    "mismatch_k1",
+    "mismatch_k3",
+    "kl_reference",
+)
 """Diagnostics that add up over micro-batches and ranks; all but `loss` are then divided by `tokens`."""
 
 MAXIMA = ("ratio",)

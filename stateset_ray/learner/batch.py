@@ -152,7 +152,9 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     return packed
 
 
-def _chosen(arrays: Sequence[npt.NDArray[np.float32]], targets_M: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _chosen(
+    arrays: Sequence[npt.NDArray[np.float32]], targets_M: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
     return np.concatenate(arrays)[targets_M].astype(np.float32)
 
 

@@ -191,7 +191,9 @@ class DeepSpeedEngine:
             if self.rank == 0:
                 (target / "layout.json").write_text(json.dumps(self._layout()), encoding="utf-8")
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"the engine state cannot be written: {error}", given=str(target)) from error
+            raise CheckpointError(
+                f"the engine state cannot be written: {error}", given=str(target)
+            ) from error
         torch.distributed.barrier()
 
     def load(self, folder: str | Path, tag: str) -> None:

@@ -103,7 +103,11 @@ class Learner:
         self._engine = DeepSpeedEngine(model, config.learner, hardware, rank, world, master)
 
     def update(
-        self, micro_batches: Sequence[Sequence[Sample]], denominator: int, step: int, loss: LossKind = "policy"
+        self,
+        micro_batches: Sequence[Sequence[Sample]],
+        denominator: int,
+        step: int,
+        loss: LossKind = "policy",
     ) -> dict[str, float]:
         """One optimizer step over the micro-batches of all ranks.
 
@@ -227,7 +231,9 @@ class Learner:
         try:
             torch.save(_random_states(), Path(folder) / f"random-{self.rank}.pt")
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"the random states cannot be written: {error}", given=str(folder)) from error
+            raise CheckpointError(
+                f"the random states cannot be written: {error}", given=str(folder)
+            ) from error
 
     def load_state(self, folder: str | Path) -> None:
         """Continue exactly where `save_state` was called; only as the first call on a new learner.

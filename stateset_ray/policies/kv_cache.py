@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-__all__ = ["CachedRows", "KVCache", "Slot", "common_prefix"]
+__all__ = ["CachedRows", "Ids", "KVCache", "Slot", "common_prefix"]
 
 Ids = npt.NDArray[np.int32]
 
@@ -207,11 +207,10 @@ class CachedRows:
         if not self._dense:
             rows = [
                 F.scaled_dot_product_attention(
-                    q[i : i + 1], keys[None, s.row, :, : s.length + 1], values[None, s.row, :, : s.length + 1],
-                    scale=scale,
+                    q[i : i + 1], keys[None, s.row, :, :n], values[None, s.row, :, :n], scale=scale
                 )
-                for i, s in enumerate(self.decoding)
-            ]  # fmt: skip
+                for i, (s, n) in enumerate((s, s.length + 1) for s in self.decoding)
+            ]
             return torch.cat(rows)
         whole = q.new_zeros((self._span, *q.shape[1:]))
         whole[self._rows] = q

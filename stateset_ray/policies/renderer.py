@@ -13,7 +13,7 @@ and the turn is marked as a fork.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from stateset_ray.errors import TemplateError
@@ -47,7 +47,7 @@ class Renderer:
         TemplateError: there is no chat template, or its turns cannot be told apart.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] | frozenset[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int] = ()) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise TemplateError(
                 "the tokenizer has no chat template, so conversations cannot be rendered",
@@ -159,7 +159,11 @@ class Renderer:
         """The token that the template puts right after a reply."""
         reply = self._tokenizer.encode(_REPLY, add_special_tokens=False)
         special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
-        after = self._base[len(self._base) - self._base[::-1].index(reply[-1]) :] if reply[-1] in self._base else ()
+        after = (
+            self._base[len(self._base) - self._base[::-1].index(reply[-1]) :]
+            if reply[-1] in self._base
+            else ()
+        )
         for token in after:
             if token in special:
                 return int(token)

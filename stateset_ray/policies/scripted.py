@@ -26,8 +26,11 @@ class ScriptedPolicy:
     """
 
     def __init__(
-        self, renderer: Renderer, script: Callable[[Sequence[Message]], str | Awaitable[str]], version: int = 0
-    ) -> None:  # fmt: skip
+        self,
+        renderer: Renderer,
+        script: Callable[[Sequence[Message]], str | Awaitable[str]],
+        version: int = 0,
+    ) -> None:
         self._renderer = renderer
         self._script = script
         self._version = version

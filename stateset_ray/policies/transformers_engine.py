@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ class TransformersEngine:
     """
 
     def __init__(
-        self, model: Any, stop_ids: Sequence[int] | frozenset[int], *, slots: int, max_context: int,
+        self, model: Any, stop_ids: Collection[int], *, slots: int, max_context: int,
         hardware: Hardware,
     ) -> None:  # fmt: skip
         config = model.config
@@ -136,9 +136,7 @@ class TransformersEngine:
             ModelError: the tensors are not those of this model; nothing was changed then.
         """
         own = state_tensors(self._model)
-        wrong = {n for n in own.keys() ^ tensors.keys()} or {
-            n for n, t in own.items() if t.shape != tensors[n].shape
-        }
+        wrong = set(own.keys() ^ tensors.keys()) or {n for n, t in own.items() if t.shape != tensors[n].shape}
         if wrong:
             raise ModelError("the weights do not belong to this model", given=sorted(wrong)[:5])
         self._open.clear()
@@ -263,9 +261,7 @@ class TransformersEngine:
         drawn = drawn.clamp_(max=logits.shape[-1] - 1)
         drawn = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), drawn)
         chosen = logprobs.gather(-1, drawn).masked_fill(greedy[:, None], 0.0)
-        for turn, token, logprob in zip(
-            turns, drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True
-        ):
+        for turn, token, logprob in zip(turns, drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
             turn.token_ids.append(token)
             turn.logprobs.append(logprob)
             if not np.isfinite(logprob):

@@ -242,6 +242,19 @@ def test_each_kind_of_reply_has_its_price(
     assert steps[-1].terminated is (events[-1] == "wrong change")
 
 
+def test_a_question_wrapped_in_claims_is_answered_but_not_paid() -> None:
+    steps = script(1, "cancel", lambda env: True, f"It has shipped. {ASK}", "Your order number, please.")
+    assert [step.reward for step in steps] == [0.0, -0.125]
+    assert any(character.isdigit() for character in steps[0].messages[0].content)
+
+
+def test_no_conversation_totals_less_than_minus_one() -> None:
+    change = 'CALL change_address order={number} address="7 Oak St"'
+    steps = script(1, "cancel", status("processing"), "", "!", change)
+    assert [step.reward for step in steps] == [-0.25, -0.25, -0.5]
+    assert steps[-1].info["penalty"] == -1.0
+
+
 def test_a_malformed_call_is_corrected_and_can_be_made_good() -> None:
     steps = script(
         1, "cancel", status("processing"), ASK, "CALL cancel {number}", "CALL cancel order={number}"

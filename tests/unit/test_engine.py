@@ -61,7 +61,9 @@ def test_history_is_not_prefilled_again_and_a_shared_opening_once(tiny, hardware
     async def main():
         engine = make(tiny, hardware)
         opening = list(range(10, 50))
-        replies = await asyncio.gather(*[engine.reply(request(opening, name=f"c{i}", seed=i)) for i in range(4)])
+        replies = await asyncio.gather(
+            *[engine.reply(request(opening, name=f"c{i}", seed=i)) for i in range(4)]
+        )
         first = engine.stats.prefill_tokens
         again = [*opening, *replies[0].token_ids, 60, 61]
         await engine.reply(request(again, name="c0", seed=9))
@@ -95,12 +97,17 @@ def test_sampling_follows_the_distribution(tiny, hardware):
     prompt = list(range(5, 25))
     with torch.no_grad():
         ids = torch.tensor([prompt])
-        logits = tiny(input_ids=ids, position_ids=torch.arange(20)[None], rows=CausalRows((20,)), use_cache=False)
+        logits = tiny(
+            input_ids=ids, position_ids=torch.arange(20)[None], rows=CausalRows((20,)), use_cache=False
+        )
     probabilities = torch.softmax(logits.logits[0, -1] / 0.5, -1).double().numpy()
 
     async def main():
         engine = make(tiny, hardware, slots=8)
-        asked = [engine.reply(request(prompt, name=f"c{i}", seed=i, tokens=1, temperature=0.5)) for i in range(3000)]
+        asked = [
+            engine.reply(request(prompt, name=f"c{i}", seed=i, tokens=1, temperature=0.5))
+            for i in range(3000)
+        ]
         return [r.token_ids[0] for r in await asyncio.gather(*asked)]
 
     drawn = np.bincount(asyncio.run(main()), minlength=len(probabilities))
@@ -117,14 +124,18 @@ def test_greedy_is_the_argmax_and_certain(tiny, hardware):
     reply = asyncio.run(main())
     ids = torch.tensor([[*range(5, 25)]])
     with torch.no_grad():
-        logits = tiny(input_ids=ids, position_ids=torch.arange(20)[None], rows=CausalRows((20,)), use_cache=False)
+        logits = tiny(
+            input_ids=ids, position_ids=torch.arange(20)[None], rows=CausalRows((20,)), use_cache=False
+        )
     assert reply.token_ids[0] == int(logits.logits[0, -1].argmax())
     assert set(reply.logprobs) == {0.0}
 
 
 def test_new_weights_come_between_turns_and_forget_every_cache(hardware):
     model = load_model("tiny", hardware)
-    changed = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in state_tensors(model).items()}
+    changed = {
+        name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in state_tensors(model).items()
+    }
 
     async def main():
         engine = make(model, hardware)
@@ -173,7 +184,9 @@ def test_a_cancelled_turn_leaves_the_others_and_frees_its_slot(tiny, hardware):
 def test_more_conversations_than_slots_still_all_answer(tiny, hardware):
     async def main():
         engine = make(tiny, hardware, slots=2)
-        first = await asyncio.gather(*[engine.reply(request(range(5, 25), name=f"c{i}", seed=i)) for i in range(7)])
+        first = await asyncio.gather(
+            *[engine.reply(request(range(5, 25), name=f"c{i}", seed=i)) for i in range(7)]
+        )
         prompts = [[*range(5, 25), *r.token_ids, 60] for r in first]
         return prompts, await asyncio.gather(
             *[engine.reply(request(p, name=f"c{i}", seed=i)) for i, p in enumerate(prompts)]
@@ -181,7 +194,9 @@ def test_more_conversations_than_slots_still_all_answer(tiny, hardware):
 
     prompts, second = asyncio.run(main())
     for prompt, reply in zip(prompts, second, strict=True):
-        assert np.abs(scored(tiny, prompt, list(reply.token_ids), 1.0) - np.array(reply.logprobs)).max() < 1e-4
+        assert (
+            np.abs(scored(tiny, prompt, list(reply.token_ids), 1.0) - np.array(reply.logprobs)).max() < 1e-4
+        )
 
 
 def test_a_broken_model_fails_its_conversations_with_a_reason_and_the_engine_lives(hardware):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from stateset_ray.environments.base import Environment, build_environment, call, load_environment
 from stateset_ray.environments.customer_service import CustomerService
-from stateset_ray.environments.echo import Echo
 from stateset_ray.errors import ConfigError
 from stateset_ray.types import Message, Split, Step, Task
 
@@ -58,26 +57,10 @@ def play(
         played = []
         for split, index in tasks:
             env = build_environment(path, options)
-            if isinstance(env, Echo):
-                env = _Awaitable(env)
             played.append(await converse(env, env.task(split, index), reply, seed=index, limit=limit))
         return played
 
     return asyncio.run(run())
-
-
-class _Awaitable(Environment):
-    """A plain environment without the thread that `base.call` would give it."""
-
-    def __init__(self, inner: Environment) -> None:
-        self.task, self.expert = inner.task, inner.expert  # type: ignore[method-assign]
-        self._inner = inner
-
-    async def reset(self, task: Task, seed: int) -> Step:
-        return self._inner.reset(task, seed)  # type: ignore[return-value]
-
-    async def step(self, message: Message) -> Step:
-        return self._inner.step(message)  # type: ignore[return-value]
 
 
 def tasks(count: int, splits: tuple[Split, ...] = SPLITS) -> list[tuple[Split, int]]:
@@ -109,6 +92,7 @@ def test_train_and_heldout_share_no_task(path: str, options: dict[str, object]) 
     env = build_environment(path, options)
     drawn = [env.task(split, index) for split, index in tasks(500)]
     assert len({task.seed for task in drawn}) == len({task.id for task in drawn}) == 1000
+    assert {(task.split, task.seed % 2) for task in drawn} == {("train", 0), ("heldout", 1)}
     assert drawn[3] == build_environment(path, options).task("train", 3)
 
 

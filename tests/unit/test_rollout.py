@@ -1,6 +1,7 @@
 """The inner loop: limits, stop reasons, failures as data, cleanup, what is written down."""
 
 import asyncio
+import itertools
 import time
 
 import numpy as np
@@ -30,7 +31,9 @@ class Chat(Environment):
 
     async def step(self, message):
         self.heard.append(message.content)
-        return Step((Message("tool", "42"), Message("user", "more?")), reward=0.5, terminated=len(self.heard) == 3)
+        return Step(
+            (Message("tool", "42"), Message("user", "more?")), reward=0.5, terminated=len(self.heard) == 3
+        )
 
     def close(self):
         self.closed += 1
@@ -67,7 +70,7 @@ def test_each_prompt_continues_what_was_sampled_byte_for_byte(renderer, tiny, ha
 
     trajectory = asyncio.run(main())
     assert len(seen) == 3
-    for (before, reply), (after, _) in zip(seen, seen[1:], strict=False):
+    for (before, reply), (after, _) in itertools.pairwise(seen):
         assert after[: len(before) + len(reply.token_ids)] == before + reply.token_ids
     assert list(trajectory.prompts()) == [prompt for prompt, _ in seen]
     assert renderer.text(trajectory.turns[0].token_ids) == trajectory.messages[2].content
@@ -273,7 +276,9 @@ def test_a_failing_close_does_not_hide_the_end(renderer):
 def test_one_failing_conversation_does_not_stop_the_others(renderer, tiny, hardware):
     async def main():
         engine = TransformersEngine(tiny, renderer.stop_ids, slots=3, max_context=400, hardware=hardware)
-        limits = RolloutConfig(max_context=400, max_turn_tokens=8, on_cut_reply="close", environment_timeout=0.3)
+        limits = RolloutConfig(
+            max_context=400, max_turn_tokens=8, on_cut_reply="close", environment_timeout=0.3
+        )
         kinds = [Chat, Raises, Hangs, Chat]
         return await asyncio.gather(
             *[rollout(k(), TASK, engine, renderer, limits, id=str(i), seed=i) for i, k in enumerate(kinds)]

@@ -10,12 +10,20 @@ from hypothesis import strategies as st
 
 from stateset_ray.errors import ConfigError, StatesetError
 from stateset_ray.types import (
-    Message, Sample, StopReason, Task, ToolCall, Trajectory, TrajectoryGroup, Turn, derive_seed,
+    Message,
+    Sample,
+    StopReason,
+    Task,
+    ToolCall,
+    Trajectory,
+    TrajectoryGroup,
+    Turn,
+    derive_seed,
 )  # fmt: skip
 
+finite = st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | finite | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
@@ -28,7 +36,12 @@ def turns(draw):
     logprobs = draw(st.lists(float32, min_size=len(ids), max_size=len(ids)))
     context = draw(st.lists(st.integers(0, 200_000), max_size=6))
     return Turn(
-        tuple(context), tuple(ids), tuple(logprobs), draw(st.integers(0, 9)), draw(float32), draw(st.booleans())
+        tuple(context),
+        tuple(ids),
+        tuple(logprobs),
+        draw(st.integers(0, 9)),
+        draw(float32),
+        draw(st.booleans()),
     )
 
 
@@ -36,9 +49,9 @@ messages = st.builds(
     Message,
     st.sampled_from(["system", "user", "assistant", "tool"]),
     st.text(),
-    st.lists(st.builds(ToolCall, st.text(), st.dictionaries(st.text(), st.text(), max_size=2)), max_size=2).map(
-        tuple
-    ),
+    st.lists(
+        st.builds(ToolCall, st.text(), st.dictionaries(st.text(), st.text(), max_size=2)), max_size=2
+    ).map(tuple),
 )
 trajectories = st.builds(
     Trajectory,

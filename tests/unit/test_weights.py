@@ -1,0 +1,41 @@
+"""Weights travel as numpy arrays without loss."""
+
+import numpy as np
+import pytest
+import torch
+
+from stateset_ray.policies.weights import decode, encode
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (4, 5)])
+def test_round_trip_is_exact(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (100 * torch.randn(shape)).to(dtype)
+    back = decode(encode(tensor))
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor)
+
+
+def test_what_is_sent_does_not_change_with_the_model() -> None:
+    tensor = torch.zeros(3, requires_grad=True)
+    array = encode(tensor)
+    with torch.no_grad():
+        tensor += 1
+    assert not array.any()
+
+
+def test_a_transposed_tensor_keeps_its_values() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3).T
+    assert torch.equal(decode(encode(tensor)), tensor)
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_arrays_are_decoded_without_a_warning() -> None:
+    array = encode(torch.ones(3, dtype=torch.bfloat16))
+    array.flags.writeable = False
+    assert torch.equal(decode(array), torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_uint16_is_refused() -> None:
+    with pytest.raises(TypeError, match="bfloat16"):
+        encode(torch.from_numpy(np.zeros(2, dtype=np.uint16)))
