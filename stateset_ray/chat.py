@@ -55,7 +55,7 @@ def chat(config: Config, ask: Ask, show: Show, note: Note, *, system: Sequence[M
     name, limits = config.model.name, config.rollout
     hardware = choose_hardware(config.model, gpus=1)
     hardware.apply()
-    renderer = Renderer(load_tokenizer(name), generation_stop_ids(name))
+    renderer = Renderer(load_tokenizer(name), frozenset(generation_stop_ids(name)))
     engine = TransformersEngine(
         load_model(name, hardware),
         renderer.stop_ids,

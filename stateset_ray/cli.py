@@ -35,7 +35,9 @@ app = typer.Typer(
 )
 
 _BUILT_IN = ("smollm2", "tiny")
-_TALK = ("rollout.max_turn_tokens=256", "rollout.max_context=2048")  # for a model that brings no config
+# For a model that brings no configuration. Nothing is learned here, so the last one only has to be enough.
+_TALK = ("rollout.max_turn_tokens=256", "rollout.max_context=2048", "learner.micro_batch_tokens=1000000")
+
 
 _Set = Annotated[
     list[str] | None,
@@ -287,16 +289,15 @@ def _dry_run(config: Config) -> None:
     from stateset_ray.models import check_fits
 
     check_fits(config)
+    from stateset_ray.actors.memory import expected_memory
     from stateset_ray.actors.placement import describe
-    from stateset_ray.doctor import expected_memory
 
     typer.echo(config.to_toml())
     room = describe(config)
     _comment("what Ray would be asked for")
     for key in ("address", "strategy", "rollout_workers", "learner_ranks", "total"):
         _comment(f"  {key:<16} {room[key]}")
-    for index, bundle in enumerate(room["bundles"][: config.rollout.workers + 1]):
-        role = f"rollout worker {index}" if index < config.rollout.workers else "each learner rank"
+    for role, bundle in (("a rollout worker", room["bundles"][0]), ("a learner rank", room["bundles"][-1])):
         _comment(f"  {role:<16} {bundle}")
     _comment("expected memory")
     for row in expected_memory(config).rows():

@@ -117,7 +117,7 @@ class LearnerConfig(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
-    micro_batch_tokens: int = Field(default=4096, ge=2)
+    micro_batch_tokens: int = Field(default=2048, ge=2)
     """Tokens of one forward pass: what bounds the learner's memory."""
     gradient_checkpointing: bool = False
     timeout: float = Field(default=1800.0, gt=0)

@@ -76,16 +76,17 @@ on_cut_reply = "close"
 
 [grpo]
 group_size = 8                      # conversations of one task, compared with each other
+advantage = "mean_std"
 
 [learner]
-learning_rate = 1e-3
+learning_rate = 2e-3
 
 [train]
 steps = 20
 tasks_per_step = 8
 
 [train.warm_start]                  # first some steps of imitating expert()
-steps = 30
+steps = 55
 dialogues = 16
 learning_rate = 3e-3
 

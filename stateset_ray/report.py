@@ -20,7 +20,7 @@ from rich.text import Text
 __all__ = ["Progress", "clean", "conversation", "duration", "line", "show_evaluation"]
 
 _COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
-_STRANGE = "\N{MIDDLE DOT}"
+_STRANGE = "\N{MIDDLE DOT}"  # stands for what cannot be shown, bytes that are no text included
 _LONGEST = 600  # characters of one message that are shown
 _SIDE_BY_SIDE = 100  # columns from which two conversations stand beside each other
 _WARM_EVERY = 10  # a long warm start gets a line every so many steps
@@ -37,8 +37,12 @@ def clean(text: str, longest: int = _LONGEST) -> str:
         >>> clean("red \\x1b[31m")
         'red ·[31m'
     """
-    safe = "".join(c if c.isprintable() or c == "\n" else _STRANGE for c in text.replace("\t", " "))
+    safe = "".join(c if _shows(c) else _STRANGE for c in text.replace("\t", " "))
     return safe if len(safe) <= longest else f"{safe[:longest]}… ({len(safe) - longest} more characters)"
+
+
+def _shows(character: str) -> bool:
+    return character == "\n" or (character.isprintable() and character != "\N{REPLACEMENT CHARACTER}")
 
 
 def line(role: str, content: str) -> Text:
@@ -192,7 +196,8 @@ class Progress:
             title = Text(f"{clean(str(event['name']))}: finished")
             self._console.print(Panel(Group(*parts), title=title, border_style="green"))
         else:
-            self._console.print(Text(f"\n{clean(str(event['name']))}: finished\n"), Group(*parts), sep="\n")
+            for part in (Text(f"\n{clean(str(event['name']))}: finished\n"), *parts):
+                self._console.print(part)
 
 
 def show_evaluation(result: Mapping[str, Any], console: Console) -> None:

@@ -84,6 +84,9 @@ def cluster(config: Config) -> Iterator[None]:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level="ERROR")
         else:
+            # Idle OpenMP threads sleep instead of spinning: learner and workers take turns on the same
+            # cores, and a spinning thread of one is a stolen core of the other.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # Logical CPUs: on a laptop, actors that take turns may share a core.
             cpus = max(os.cpu_count() or 1, math.ceil(_totals(config)["CPU"]))
             ray.init(

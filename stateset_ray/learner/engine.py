@@ -80,7 +80,8 @@ class DeepSpeedEngine:
         config: the `[learner]` section.
         hardware: where this rank computes; gloo on CPUs, NCCL on GPUs.
         rank: of `world` ranks.
-        master: host and port of rank 0. Port 0 picks a free one where `world` is 1.
+        master: host and port of rank 0. Port 0 picks a free one where `world` is 1. Each group needs a
+            port of its own: on a port used before, a quick rank may meet the store of the last group.
 
     Raises:
         LearnerError: the ranks do not find each other within `learner.timeout`.

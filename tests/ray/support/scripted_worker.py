@@ -1,0 +1,69 @@
+"""A rollout worker without a model: it starts in a second, and each group does what its task's data says."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from stateset_ray.actors.jobs import GroupJob, GroupPayload, GroupReport, report_on
+from stateset_ray.actors.rollout_worker import RolloutWorker
+from stateset_ray.errors import ModelError
+from stateset_ray.types import Message, StopReason, Trajectory, TrajectoryGroup, Turn
+
+__all__ = ["ScriptedWorker"]
+
+
+class ScriptedWorker(RolloutWorker):
+    """Plays by `task.data`: {"fail": n} infrastructure failures first, {"dies": fifo}, {"raises": text}."""
+
+    _renderer = SimpleNamespace(rewrites_history=False)
+
+    def _set_up(self) -> None:
+        self._engine = SimpleNamespace(version=0)  # type: ignore[assignment]
+        self._failed: Counter[str] = Counter()
+
+    async def _hold(self, *_: Any) -> None:
+        pass
+
+    async def _group(self, job: GroupJob) -> tuple[GroupReport, GroupPayload]:
+        data = job.task.data
+        if "raises" in data:
+            raise ModelError(data["raises"])
+        broken = self._failed[job.id] < data.get("fail", 0)
+        self._failed[job.id] += broken
+        reason = StopReason.INFRASTRUCTURE_ERROR if broken else StopReason.COMPLETED
+        said, turn = (Message("user", "Go."),), Turn((1, 2), (3,), (-0.5,), 0, reward=0.5)
+        report, payload = report_on(
+            job,
+            TrajectoryGroup(
+                job.task,
+                tuple(
+                    Trajectory(f"{job.id}/{i}/{job.attempt}", job.task, i, said, (turn,), reason)
+                    for i in range(job.size)
+                ),
+            ),
+        )
+        if "dies" in data and not os.path.exists(data["dies"] + ".done"):
+            sent: list[str] = []
+            report.infos[0]["half"] = _Half(data["dies"], sent, "report")
+            return report, _Half(data["dies"], sent, "payload")  # type: ignore[return-value]
+        return report, payload
+
+
+class _Half:
+    """Half of what a group sends, its report's or its payload's: whichever goes second kills the worker."""
+
+    def __init__(self, fifo: str, sent: list[str], name: str) -> None:
+        self.fifo, self.sent, self.name = fifo, sent, name
+
+    def __reduce__(self) -> Any:
+        if self.sent:
+            if self.sent == ["report"]:
+                Path(self.fifo).read_text()  # until the controller has opened the report
+            Path(self.fifo + ".done").touch()
+            os._exit(1)
+        self.sent.append(self.name)
+        return (Path.write_text, (Path(self.fifo), "seen")) if self.name == "report" else (str, ())
