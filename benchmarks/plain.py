@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.conversations import Script, render
 
+from benchmarks.conversations import Script, render
 from stateset_ray.config import Config
 from stateset_ray.models import Hardware, local_folder
 from stateset_ray.policies.renderer import Renderer

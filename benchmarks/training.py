@@ -16,7 +16,7 @@ model, dtype and threads, and learn from the same rows; repeats are interleaved:
 | `rollout.prefill`, `.decode`          | the engine alone: passes of new prompts only, of one token a row  |
 | `learner.ours`, `.plain`, `.speedup`  | one optimizer step; tokens of the rows (no padding) a second      |
 | `publish`                             | weights from learner to engine, in process and through Ray        |
-| `step`                                | the last of three real GRPO steps through Ray, by phase           |
+| `step`                                | the second of two real GRPO steps through Ray, by phase           |
 | `step.outside_rollout_and_learner`    | share of the step's wall clock in neither of these phases         |
 | `share_of_matmul_limit`               | useful operations a second by what `limits` says is possible      |
 | `share_of_memory_limit`               | bytes of weights read a second (once a pass) by the same          |
@@ -41,6 +41,7 @@ import numpy as np
 
 from benchmarks import machine, ours, plain
 from benchmarks.conversations import TURNS, Script, limits, scripts
+from stateset_ray.actors.placement import cluster
 from stateset_ray.config import Config, ModelConfig, load_config
 from stateset_ray.grpo.samples import samples as to_samples
 from stateset_ray.learner.batch import plan
@@ -96,12 +97,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     scale = _Scale(model, result["limits"], hardware)
     rollout, trajectories, work = _rollout(options, model, hardware, scale)
     del model
-    config = config.with_overrides([f"rollout.max_context={work['max_context']}",
-                                    f"learner.micro_batch_tokens={max(1024, work['max_context'])}"])  # fmt: skip
+    room = work["max_context"]
+    config = config.with_overrides(
+        [f"rollout.max_context={room}", f"learner.micro_batch_tokens={max(1024, room)}"]
+    )
     rows = _rows(trajectories, options.seed)
     work |= {"learner_tokens": sum(map(len, rows)), "masked_tokens": _masked(rows)}
     result |= {"work": work, "rollout": rollout}
-    result |= _learner(options, config, hardware, rows, scale)
+    learner = Learner(config, 0, 1, ("127.0.0.1", 0), hardware)
+    result["learner"] = _learner(options, config, hardware, learner, rows, scale)
+    result["publish"] = _publish(options, config, hardware, learner)
+    learner.close()
     if options.ray:
         _say("real steps through Ray")
         result["step"] = _step(options)
@@ -156,9 +162,10 @@ def _rollout(
     trajectories, counted = last["trajectories"], last["ours"]
     sampled = sum(t.sampled_tokens for t in trajectories)
     found = _compared(spent, {"ours": sampled, "plain": last["plain"]["sampled_tokens"]}, "sampled_tokens")
-    once = sampled + counted["prefill_tokens"] - len(played) * (TURNS - 1)
+    # The last token of a reply is only computed if a next turn follows, and counts as prefilled then.
+    once = sampled + counted["prefill_tokens"] - len(played) * TURNS
     for side in ("ours", "plain"):
-        # The same useful work for both: each token once, apart from what a shared opening saves.
+        # The same useful work for both: each token once, and a shared opening once.
         found[side]["share_of_matmul_limit"] = scale.matmul(once, sampled, found[side]["seconds"]["median"])
     found["ours"]["forwards"] = counted["forwards"]
     found["ours"]["engine_seconds_of_last"] = round(counted["seconds"], 3)
@@ -195,52 +202,60 @@ def _masked(rows: Sequence[Sample]) -> int:
 
 
 def _learner(
-    options: argparse.Namespace, config: Config, hardware: Hardware, rows: list[Sample], scale: _Scale
+    options: argparse.Namespace,
+    config: Config,
+    hardware: Hardware,
+    learner: Learner,
+    rows: list[Sample],
+    scale: _Scale,
 ) -> dict[str, Any]:
-    """The learner against a plain loop, then publishing from it."""
-    learner = Learner(config, 0, 1, ("127.0.0.1", 0), hardware)
+    """The learner against a plain loop."""
     other = plain.PlainLearner(config, hardware)
     masked = _masked(rows)
+
+    def step_plain(part: list[Sample] = rows) -> None:
+        other.update(part, masked)
 
     def step_ours(part: list[Sample] = rows) -> None:
         indices = plan([len(row) for row in part], 1, config.learner.micro_batch_tokens)[0]
         learner.update([[part[i] for i in one] for one in indices], masked, 0)
 
+    step_plain(rows[:2])
     step_ours(rows[:2])
-    other.update(rows[:2], masked)
-    sides = {"plain": lambda: other.update(rows, masked), "ours": step_ours}
-    spent = _interleaved(sides, options.repeats, hardware, "learner")
+    spent = _interleaved({"plain": step_plain, "ours": step_ours}, options.repeats, hardware, "learner")
     tokens = sum(map(len, rows))
     found = _compared(spent, {"ours": tokens, "plain": tokens}, "tokens")
     for side in ("ours", "plain"):
         median = found[side]["seconds"]["median"]
         found[side]["share_of_matmul_limit"] = scale.matmul(tokens, masked, median, passes=3)
-    del other
-    publish = {"in_process": _publish(options, config, hardware, learner)}
-    arrays = learner.export_weights()
-    learner.close()
-    if options.ray:
-        from stateset_ray.actors.placement import cluster
-
-        with cluster(config):
-            times = ours.publish_through_ray(arrays, options.model, hardware, options.repeats)
-        publish["through_ray"] = {key: _times([t[key] for t in times]) for key in times[0]}
-    return {"learner": found, "publish": publish}
+    return found
 
 
 def _publish(
     options: argparse.Namespace, config: Config, hardware: Hardware, learner: Learner
 ) -> dict[str, Any]:
+    """Seconds from the learner's weights to an engine that holds them."""
     _say("publish")
     engine = ours.new_engine(load_model(options.model, hardware), config.rollout, hardware)
-    times = [ours.publish_in_process(learner, engine) for _ in range(options.repeats)]
-    size = times[0].pop("bytes")
-    return {"bytes": int(size), **{key: _times([t[key] for t in times if key in t]) for key in times[0]}}
+    ours.publish_in_process(learner, engine)
+    found = {"in_process": _each([ours.publish_in_process(learner, engine) for _ in range(options.repeats)])}
+    del engine
+    arrays = learner.export_weights()
+    found["bytes"] = sum(array.nbytes for array in arrays.values())
+    if options.ray:
+        with cluster(config):
+            times = ours.publish_through_ray(arrays, options.model, hardware, options.repeats)
+        found["through_ray"] = _each(times)
+    return found
+
+
+def _each(measured: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    return {name: _times([one[name] for one in measured]) for name in measured[0]}
 
 
 def _step(options: argparse.Namespace) -> dict[str, Any]:
-    """The last of three steps: the first also warms everything up."""
-    last = ours.steps(options.model, options.dtype, options.conversations, options.seed, count=3)[-1]
+    """The second of two steps: the first also warms everything up."""
+    last = ours.steps(options.model, options.dtype, options.conversations, options.seed)[-1]
     whole = last["whole"]
     phases = {name: round(last[name], 4) for name in ("rollout", "credit", "learner", "publish", "whole")}
     inside = {"engine_in_rollout": last["engine"], "update_in_learner": last["update"]}

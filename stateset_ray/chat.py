@@ -12,6 +12,7 @@ from typing import Any
 
 from stateset_ray.config import Config, RolloutConfig
 from stateset_ray.environments.base import Environment, build_environment, call
+from stateset_ray.errors import EnvironmentFault
 from stateset_ray.models import (
     check_fits,
     choose_hardware,
@@ -144,7 +145,8 @@ def instructions(config: Config) -> tuple[Message, ...]:
     """The system messages that the configured environment opens with: what the policy was trained under.
 
     Raises:
-        StatesetError: the environment cannot be imported or built.
+        ConfigError: the environment cannot be imported or built.
+        EnvironmentFault: its reset failed.
     """
     environment = build_environment(config.environment.path, config.environment.options)
 
@@ -153,6 +155,9 @@ def instructions(config: Config) -> tuple[Message, ...]:
             task = environment.task("train", 0)
             step: Step = await call(environment.reset, task, derive_seed(config.run.seed, "chat"))
             return tuple(message for message in step.messages if message.role == "system")
+        except Exception as error:
+            name = type(environment).__name__
+            raise EnvironmentFault(f"{name}.reset raised {type(error).__name__}: {error}") from error
         finally:
             await call(environment.close)
 

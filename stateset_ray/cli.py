@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stateset_ray.config import Config
     from stateset_ray.types import Message
 
-__all__ = ["app", "main"]
+__all__ = ["app", "chat", "doctor", "evaluate", "init", "main", "train", "version"]
 
 app = typer.Typer(
     help="Reinforcement learning for multi-turn conversational agents, on Ray.",
@@ -141,7 +141,11 @@ def chat(
         if play:
             face.play(settings, input, show, note)
         else:
-            opening = face.instructions(settings) if system else ()
+            opening: tuple[Message, ...] = ()
+            try:
+                opening = face.instructions(settings) if system else ()
+            except StatesetError as error:  # one can talk to a policy without the environment at hand
+                note(f"without the instructions that it was trained under: {error.problem}")
             face.chat(settings, input, show, note, system=opening)
 
 

@@ -121,7 +121,7 @@ class Progress:
     def _on_opened(self, event: Mapping[str, Any]) -> None:
         self._folder = str(event["folder"])
         self._say(("run  ", "bold"), clean(self._folder), ("   model  ", "bold"), clean(str(event["model"])))
-        self._now("starting Ray, the rollout workers and the learners")
+        self._now("starting: Ray, rollout workers, learners, first evaluation")
 
     def _on_resumed(self, event: Mapping[str, Any]) -> None:
         where = event["checkpoint"]
@@ -137,7 +137,7 @@ class Progress:
             f"held-out reward {_stage(event['name'])}: ", (f"{event['reward']:.3f}", "bold"),
             f"  ({event['tasks']} tasks, {event['seconds']:.1f} s)", (failed, "red"),
         )  # fmt: skip
-        self._now("training")
+        self._now("saving" if event["name"] == "after" else "training")
 
     def _on_warm_start(self, event: Mapping[str, Any]) -> None:
         done = event["step"] + 1
@@ -183,6 +183,7 @@ class Progress:
             f"saved {saved}" if saved else "nothing to save",
         )
         self._say(f"go on with: stateset-ray train {self._folder} --resume")
+        self._now("closing")
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         if self._status is not None:

@@ -147,7 +147,8 @@ class RolloutPool:
         waits |= {w.ping: w for w in self._workers if w.ping is not None}
         if not waits:
             raise ClusterError("no rollout worker is left", mend="look at the workers' logs")
-        ready, _ = ray.wait(list(waits), num_returns=1, timeout=_POLL)
+        # Not fetched: the first half of what a stream gives is a payload, which stays where it is.
+        ready, _ = ray.wait(list(waits), num_returns=1, timeout=_POLL, fetch_local=False)
         for item in ready:
             worker = waits[item]
             if worker.ping is not None:
@@ -159,8 +160,9 @@ class RolloutPool:
     def _report(self, worker: _Worker, state: _Collection) -> None:
         """Take the next report of a worker's stream, or notice its end or its death."""
         try:
-            report: GroupReport = ray.get(next(worker.stream))
             payload = next(worker.stream)
+            # After a death the stream's last reference is what raises it: then there is no report.
+            report: GroupReport = ray.get(next(worker.stream, payload))
         except StopIteration:
             worker.stream = None
             return

@@ -94,7 +94,7 @@ class RolloutWorker:
             jobs: what to play.
 
         Yields:
-            For each group, in the order they finish: its report, then its payload.
+            For each group, in the order they finish: its payload, then its report.
         """
         engine = self._loaded()
         if any(not job.expert for job in jobs):
@@ -103,8 +103,9 @@ class RolloutWorker:
         try:
             for done in asyncio.as_completed(groups):
                 report, payload = await done
-                yield report
+                # In this order: who holds the report knows that the payload arrived whole.
                 yield payload
+                yield report
         finally:
             for task in groups:
                 task.cancel()

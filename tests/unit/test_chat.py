@@ -9,7 +9,7 @@ import pytest
 
 from stateset_ray.chat import _Talk, chat, instructions, play
 from stateset_ray.config import Config
-from stateset_ray.errors import ConfigError, ModelError
+from stateset_ray.errors import ConfigError, EnvironmentFault, ModelError
 from stateset_ray.models import load_tokenizer
 from stateset_ray.policies.base import Reply
 from stateset_ray.policies.renderer import Renderer
@@ -126,6 +126,13 @@ def test_instructions_are_the_environments_system_messages(witness: list[bool]) 
     assert instructions(settings) == (Message("system", "Be kind."),)
     assert witness == [True]
     assert instructions(config()) == ()
+
+
+def test_instructions_of_an_environment_that_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks.py").write_text(WITNESS.replace("self.left = 2", "raise OSError('no shop')"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EnvironmentFault, match="no shop"):
+        instructions(config("environment.path=breaks:Witness"))
 
 
 def test_a_person_earns_what_its_replies_are_worth(witness: list[bool]) -> None:

@@ -169,6 +169,15 @@ def test_what_chat_takes(tmp_path: Path) -> None:
     assert (settings.rollout.max_turn_tokens, trained) == (48, True)
 
 
+def test_a_policy_is_talked_to_also_where_its_environment_is_not_at_hand(tmp_path: Path) -> None:
+    settings = '[rollout]\nmax_turn_tokens = 4\n[environment]\npath = "no.where:X"\n'
+    (tmp_path / "tiny.toml").write_text(TINY + settings)
+    done = run.invoke(cli.app, ["chat", "tiny.toml"], input="hi\n")
+    assert done.exit_code == 0, done.output
+    assert "without the instructions" in done.output
+    assert "assistant: " in done.output
+
+
 def test_a_person_plays(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
     done = run.invoke(cli.app, ["chat", "--play", "tiny.toml"], input="[bold]\x1b[31mno\n/quit\n")
