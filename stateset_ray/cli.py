@@ -279,11 +279,11 @@ def _quiet(config: Config) -> None:
 
 def _check_environment(config: Config) -> Any:
     """Build the environment once, with its expert where warm start needs one."""
-    from stateset_ray.environments.base import Environment, build_environment
+    from stateset_ray.environments.base import build_environment, check_expert
 
     environment = build_environment(config.environment.path, config.environment.options)
-    if config.train.warm_start.steps and type(environment).expert is Environment.expert:
-        environment.expert()  # raises the error that says so
+    if config.train.warm_start.steps:
+        check_expert(environment)
     return environment
 
 

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from stateset_ray.actors.memory import expected_memory, size
 from stateset_ray.config import Config
-from stateset_ray.environments.base import Environment, build_environment
+from stateset_ray.environments.base import build_environment, check_expert, has_expert
 from stateset_ray.errors import StatesetError
 from stateset_ray.models import cache_dir, check_fits, config_only, count_parameters, load_tokenizer
 from stateset_ray.models import generation_stop_ids as stop_ids
@@ -270,9 +270,9 @@ def _environment(config: Config) -> Finding:
     """Let the environment's expert play a few tasks within the configured limits."""
     section = config.environment
     environment = build_environment(section.path, section.options)
-    if type(environment).expert is Environment.expert:
+    if not has_expert(environment):
         if config.train.warm_start.steps:
-            environment.expert()  # raises the error that says so
+            check_expert(environment)
         return Finding("environment", "ok", f"{section.path}; it has no expert, so it was not played")
     renderer = Renderer(load_tokenizer(config.model.name), frozenset(stop_ids(config.model.name)))
     rewards = []

@@ -50,7 +50,8 @@ class StatesetError(Exception):
     def __str__(self) -> str:
         lines = [self.problem]
         if self.given is not None:
-            lines.append(f"  given: {self.given!r}")
+            text = isinstance(self.given, str) and "\n" in self.given  # a traceback, say
+            lines.append(f"  given: {self.given if text else repr(self.given)}")
         if self.mend:
             lines.append(f"  to mend: {self.mend}")
         return "\n".join(lines)

@@ -26,6 +26,8 @@ class Opposites(Environment):
 
     def reset(self, task, seed):
         # Everything random must come from task.seed or seed: then every run can be repeated.
+        # (Held-out tasks ask for the same six words in another order: enough to see learning, not to
+        # prove that it carries over. In a real task, let them be new.)
         self.words = random.Random(task.seed).sample(sorted(OPPOSITES), self.turns)
         return Step((self._ask(),))
 

@@ -141,7 +141,7 @@ class Progress:
 
     def _on_warm_start(self, event: Mapping[str, Any]) -> None:
         done = event["step"] + 1
-        text = Text(f"warm start {done}  loss {event['loss']:.3f}  {event['seconds']:.1f} s")
+        text = Text(f"warm start {done}/{event['steps']}  loss {event['loss']:.3f}  {event['seconds']:.1f} s")
         self._warm = text  # the last one is printed when something else happens
         if done == 1 or done % _WARM_EVERY == 0:
             self._flush()

@@ -96,7 +96,8 @@ def _supervised_step(run: Run, step: int) -> None:
         )
     update = run.learners.update(batch.samples, batch.denominator, step, "supervised")
     run.version += 1
-    run.emit("warm_start", step=step, loss=update["loss"], seconds=time.monotonic() - started)
+    steps, took = run.config.train.warm_start.steps, time.monotonic() - started
+    run.emit("warm_start", step=step, steps=steps, loss=update["loss"], seconds=took)
 
 
 class _Clock:

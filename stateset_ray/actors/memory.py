@@ -70,7 +70,8 @@ def expected_memory(config: Config) -> Memory:
     item = hardware.dtype.itemsize
     stage = config.learner.zero_stage
     share = {name: ranks if stage >= least else 1 for name, least in (("weights", 3), ("gradients", 2))}
-    state = parameters * (item // share["weights"] + item // share["gradients"] + 4 * 4 // ranks)
+    state = parameters * item // share["weights"] + parameters * item // share["gradients"]
+    state += parameters * 4 * 4 // ranks
     state += 2 * min(parameters, _BUCKET) * item
     if config.grpo.kl_coef:
         state += parameters * item  # the frozen reference is whole on each rank

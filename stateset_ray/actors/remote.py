@@ -7,9 +7,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from stateset_ray.errors import StatesetError, WaitTimeout
+from stateset_ray.errors import ClusterError, StatesetError, WaitTimeout
 
 __all__ = ["cause_of", "get"]
+
+_TRACE_LINES = 12  # of a remote traceback that a person may need
 
 
 def get(refs: Any, *, timeout: float, waiting_for: str) -> Any:
@@ -36,6 +38,13 @@ def get(refs: Any, *, timeout: float, waiting_for: str) -> Any:
 
 
 def cause_of(error: RayTaskError) -> Exception:
-    """The project's own error inside a remote one, or the remote one."""
+    """The project's own error inside a remote one; of any other, a ClusterError that tells it."""
     cause = error.cause
-    return cause if isinstance(cause, StatesetError) else error
+    if isinstance(cause, StatesetError):
+        return cause
+    trace = str(error).strip().splitlines()
+    return ClusterError(
+        f"{error.function_name} failed: {type(cause).__name__}: {cause}",
+        given="\n".join(["", *trace[-_TRACE_LINES:]]),
+        mend="if this is not of your own code, please report it",
+    )

@@ -30,10 +30,11 @@ from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.placement import cluster, place
 from stateset_ray.actors.rollout_pool import Collected, RolloutPool, rollout_pool
 from stateset_ray.config import Config, load_config
-from stateset_ray.environments.base import Environment, build_environment
+from stateset_ray.environments.base import Environment, build_environment, check_expert
 from stateset_ray.errors import ConfigError, RunError
 from stateset_ray.metrics import JsonLines, MemoryMeter, spread, versions
-from stateset_ray.models import check_fits, local_folder
+from stateset_ray.models import check_fits, load_tokenizer, local_folder
+from stateset_ray.policies.renderer import Renderer
 from stateset_ray.types import derive_seed
 
 __all__ = ["OnEvent", "Run", "open_run"]
@@ -284,8 +285,9 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
     """
     environment = build_environment(config.environment.path, config.environment.options)
     if config.train.warm_start.steps:
-        _check_expert(environment)
+        check_expert(environment)
     check_fits(config)
+    Renderer(load_tokenizer(config.model.name))  # a chat template it refuses, every worker would refuse
     config, folder = _open_folder(config, resume)
     on_event({"event": "opened", "folder": str(folder), "model": config.model.name, "resume": resume})
     local_folder(config.model.name)  # built once here, not by every actor at the same time
@@ -301,11 +303,6 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
             run.restore()
         run.publish(run.version)
         yield run
-
-
-def _check_expert(environment: Environment) -> None:
-    if type(environment).expert is Environment.expert:
-        environment.expert()  # raises the error that says so
 
 
 def _open_folder(config: Config, resume: bool) -> tuple[Config, Path]:

@@ -14,10 +14,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-from stateset_ray.errors import ConfigError
+from stateset_ray.errors import ConfigError, StatesetError
 from stateset_ray.types import Message, Split, Step, Task, derive_seed
 
-__all__ = ["Environment", "build_environment", "call", "load_environment"]
+__all__ = ["Environment", "build_environment", "call", "check_expert", "has_expert", "load_environment"]
 
 
 class Environment(ABC):
@@ -126,9 +126,28 @@ def load_environment(path: str, options: Mapping[str, Any]) -> type[Environment]
 
 
 def build_environment(path: str, options: Mapping[str, Any]) -> Environment:
-    """One instance of the environment at `path`; raises ConfigError as `load_environment` does."""
+    """One instance of the environment at `path`.
+
+    Raises:
+        ConfigError: as `load_environment` does, or its constructor refuses the options.
+    """
     cls = load_environment(path, options)
     try:
         return cls(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{cls.__name__} refuses its options: {error}", given=dict(options)) from error
+    except StatesetError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{cls.__name__} cannot be built: {type(error).__name__}: {error}", given=dict(options)
+        ) from error
+
+
+def has_expert(environment: Environment) -> bool:
+    """Whether the environment has a scripted expert to learn from."""
+    return type(environment).expert is not Environment.expert
+
+
+def check_expert(environment: Environment) -> None:
+    """Raise the ConfigError that says so, if the environment has no scripted expert."""
+    if not has_expert(environment):
+        environment.expert()

@@ -160,7 +160,7 @@ class Learner:
                 mend="lower learner.learning_rate, or set model.dtype='float32'",
             )
         return {
-            **_means(sums, maxima),
+            **_means(sums, maxima, loss, self._reference is not None),
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "applied": 1.0,
@@ -289,20 +289,27 @@ class _Tally:
         )
 
 
-def _means(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+def _means(
+    sums: dict[str, float], maxima: dict[str, float], loss: LossKind, reference: bool
+) -> dict[str, float]:
     tokens = max(1.0, sums["tokens"])
-    return {
+    metrics = {
         "loss": sums["loss"],
         "tokens": sums["packed"],
         "masked_tokens": sums["tokens"],
+        "peak_memory_bytes": maxima["memory"],
+    }
+    if loss == "supervised":
+        return metrics
+    if reference:
+        metrics["kl_reference"] = sums["kl_reference"] / tokens
+    return metrics | {
         "ratio_mean": sums["ratio"] / tokens,
         "ratio_max": maxima["ratio"],
         "clip_fraction_low": sums["clipped_low"] / tokens,
         "clip_fraction_high": sums["clipped_high"] / tokens,
         "kl_mismatch": sums["mismatch_k1"] / tokens,
         "kl_mismatch_k3": sums["mismatch_k3"] / tokens,
-        "kl_reference": sums["kl_reference"] / tokens,
-        "peak_memory_bytes": maxima["memory"],
     }
 
 

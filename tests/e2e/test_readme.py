@@ -30,7 +30,9 @@ class Block:
     before: str
 
 
-BLOCKS = [Block(m[1], m[2], README[: m.start()].rstrip().rpartition("\n\n")[2]) for m in _FENCE.finditer(README)]
+BLOCKS = [
+    Block(m[1], m[2], README[: m.start()].rstrip().rpartition("\n\n")[2]) for m in _FENCE.finditer(README)
+]
 _SPOKEN = re.findall(r"`([^`\n]+)`", _FENCE.sub("", README))
 """What stands in backticks between the blocks."""
 
@@ -81,9 +83,10 @@ def test_the_expert_of_the_own_environment_earns_one_within_the_limits(own, rend
         played = play(own, lambda environment, _: environment.expert(), index, renderer)
         assert (played.stop_reason, played.reward) == (StopReason.COMPLETED, 1.0), played.error
         assert len(played.turns) == own.rollout.max_turns
+        assert all(renderer.stopped(turn.token_ids) for turn in played.turns)  # not one is cut
 
 
-@pytest.mark.parametrize("junk", ["", "?", "aaa", "abc", "abcabc", "I do not know."])
+@pytest.mark.parametrize("junk", ["", "?", "b", "bcdefghi", "iiii", "I do not know."])
 def test_junk_earns_nothing_in_the_own_environment(own, renderer, junk: str) -> None:
     rewards = [play(own, lambda *_: junk, index, renderer).reward for index in range(24)]
     assert all(reward is not None for reward in rewards)
@@ -92,14 +95,16 @@ def test_junk_earns_nothing_in_the_own_environment(own, renderer, junk: str) -> 
 
 
 def test_the_own_environment_repeats_itself(own, renderer) -> None:
-    first, again, other = (play(own, lambda *_: "abc", index, renderer) for index in (3, 3, 4))
+    first, again, other = (play(own, lambda *_: "b", index, renderer) for index in (3, 3, 4))
     assert first.messages == again.messages != other.messages
 
 
 # --- what else is shown
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "toml"], ids=lambda b: b.text.split()[0])
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if b.language == "toml"], ids=lambda b: b.text.split()[0]
+)
 def test_every_toml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(block.text, encoding="utf-8")
     assert load_config(tmp_path / "config.toml") != Config()
@@ -120,7 +125,9 @@ def test_the_python_interface_is_as_shown(monkeypatch: pytest.MonkeyPatch) -> No
     known = {argument.arg for argument in functions["train"].args.args + functions["train"].args.kwonlyargs}
     assert {keyword.arg for keyword in call.keywords} <= known
     monkeypatch.chdir(ROOT)
-    [loading] = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "load_config"]
+    [loading] = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "load_config"
+    ]
     assert load_config(*[ast.literal_eval(argument) for argument in loading.args])
 
 
@@ -225,7 +232,9 @@ def test_the_run_folder_is_as_drawn() -> None:
     """By the names that the code writes."""
     [block] = blocks("text", "runs/demo/")
     drawn = re.findall(r"^ +([\w.]+)(?= )", block.text, re.MULTILINE)
-    sources = [(ROOT / "stateset_ray" / f).read_text(encoding="utf-8") for f in ("actors/run.py", "checkpoint.py")]
+    sources = [
+        (ROOT / "stateset_ray" / f).read_text(encoding="utf-8") for f in ("actors/run.py", "checkpoint.py")
+    ]
     assert drawn == ["config.toml", "metrics.jsonl", "trajectories.jsonl", "summary.json", "latest"]
     assert [name for name in drawn if not any(f'"{name}"' in source for source in sources)] == []
 

@@ -71,7 +71,7 @@ def test_the_time_left_looks_at_the_last_steps() -> None:
 
 
 def test_a_long_warm_start_is_thinned_and_its_end_is_shown() -> None:
-    warm = [{"event": "warm_start", "step": n, "loss": 5.0 - n / 10, "seconds": 0.5} for n in range(24)]
+    warm = [{"event": "warm_start", "step": n, "steps": 24, "loss": 5.0 - n / 10, "seconds": 0.5} for n in range(24)]
     evaluation = {
         "event": "evaluation", "name": "before", "seconds": 1.0, "reward": 0.25, "tasks": 8, "failed": 2,
         "stop_reasons": {},
