@@ -44,7 +44,7 @@ class RunConfig(_Section):
     dir: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
     log_trajectories: int = Field(default=2, ge=0)
-    """How many conversations of each step are written to trajectories.jsonl."""
+    """Conversations of each step that trajectories.jsonl gets, at most one of each group."""
 
     @property
     def folder(self) -> Path:
@@ -172,7 +172,7 @@ class ClusterConfig(_Section):
     learner_gpus: float = Field(default=0.0, ge=0)
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     wait_seconds: float = Field(default=300.0, gt=0)
-    """How long to wait for the resources and for the actors to be ready."""
+    """How long to wait for actors to be ready, and for the resources where a cluster may still grow."""
     dashboard: bool = False
     """Start the Ray dashboard with a cluster of this run's own."""
 

@@ -29,8 +29,9 @@ from stateset_ray.actors.memory import expected_memory, size
 from stateset_ray.config import Config
 from stateset_ray.environments.base import build_environment, check_expert, has_expert
 from stateset_ray.errors import StatesetError
-from stateset_ray.models import cache_dir, check_fits, config_only, count_parameters, load_tokenizer
+from stateset_ray.models import check_fits, config_only, count_parameters, load_tokenizer
 from stateset_ray.models import generation_stop_ids as stop_ids
+from stateset_ray.offline_models import cache_dir
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.scripted import ScriptedPolicy
 from stateset_ray.rollout import rollout

@@ -174,7 +174,9 @@ class Progress:
 
     def _on_stopping(self, event: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # a signal may come in the middle of another print
-            self._say((f"{event['signal']}: ends after this step, and saves; again to end at once", "yellow"))
+            self._say(
+                (f"{event['signal']}: saves at the next safe point and ends; again to end at once", "yellow")
+            )
 
     def _on_interrupted(self, event: Mapping[str, Any]) -> None:
         saved = event["checkpoint"]

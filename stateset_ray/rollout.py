@@ -138,13 +138,11 @@ def _end(step: Step, reply: Reply, limits: RolloutConfig, turns: int, budget: in
         return StopReason.COMPLETED
     if step.truncated:
         return StopReason.ENVIRONMENT_LIMIT
-    if reply.finish == "length":
-        if budget < limits.max_turn_tokens:
-            return None  # cut by the context or the token budget: named when the next turn finds no room
-        if limits.on_cut_reply == "end":
-            return StopReason.TURN_TOKENS
     if turns >= limits.max_turns:
         return StopReason.MAX_TURNS
+    # A reply cut by the context or the token budget goes on: the next turn finds no room and names it.
+    if reply.finish == "length" and budget == limits.max_turn_tokens and limits.on_cut_reply == "end":
+        return StopReason.TURN_TOKENS
     return None
 
 

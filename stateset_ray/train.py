@@ -67,19 +67,21 @@ def train_step(run: Run, step: int) -> Mapping[str, float]:
 
 
 def _prepare(run: Run) -> None:
-    """What comes before GRPO: evaluate, warm-start, evaluate again. Done once, also if resumed."""
-    if run.step or run.results.get("warm_started"):
+    """What comes before GRPO: evaluate, warm-start, evaluate again; what a resumed run has done stays."""
+    if run.step:
+        run.evaluate_if_due()
         return
     warm_start = run.config.train.warm_start
-    if warm_start.steps:
+    if warm_start.steps and not run.results.get("warm_started"):
         run.evaluate("untrained")
         for step in range(warm_start.steps):
             _supervised_step(run, step)
         run.publish(run.version)
         run.results["warm_started"] = warm_start.steps
-    run.evaluate("before")
-    if warm_start.steps:
-        run.save()
+    if "heldout_before" not in run.results:
+        run.evaluate("before")
+        if warm_start.steps:
+            run.save()
 
 
 def _supervised_step(run: Run, step: int) -> None:

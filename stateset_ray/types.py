@@ -122,8 +122,6 @@ class StopReason(StrEnum):
 
     TIMEOUT = "timeout"
     """The conversation or one turn of it passed its wall-clock limit."""
-    CANCELLED = "cancelled"
-    """It was told to stop."""
     ENVIRONMENT_ERROR = "environment_error"
     """The environment raised, hung or returned garbage."""
     REWARD_ERROR = "reward_error"
@@ -145,7 +143,6 @@ class StopReason(StrEnum):
 _FAILURES = frozenset(
     {
         StopReason.TIMEOUT,
-        StopReason.CANCELLED,
         StopReason.ENVIRONMENT_ERROR,
         StopReason.REWARD_ERROR,
         StopReason.INFRASTRUCTURE_ERROR,

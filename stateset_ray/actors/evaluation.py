@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import ray
-
 from stateset_ray.actors.jobs import GroupJob, GroupPayload
+from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment
@@ -62,14 +61,17 @@ def evaluate_heldout(
         jobs.append(GroupJob(f"heldout/{task.id}", task, seed, 1, config.evaluate.temperature))
     collected = pool.collect(jobs, should_stop)
     reports = [handle.report for handle in collected.groups]
-    rewards = {report.job.task.id: report.rewards[0] for report in reports}
+    # A task that was given up has no report: it failed like any other, and is not left out.
+    rewards: dict[str, float | None] = dict.fromkeys((job.task.id for job in jobs), None)
+    rewards |= {report.job.task.id: report.rewards[0] for report in reports}
     scored = [reward for reward in rewards.values() if reward is not None]
     if not scored:
         errors = [error for report in reports for error in report.errors]
         raise RunError(
             "no held-out conversation could be scored", given=errors[:1], mend="mend the environment first"
         )
-    payload: GroupPayload = ray.get(collected.groups[0].payload)
+    limit = config.cluster.wait_seconds
+    payload: GroupPayload = get(collected.groups[0].payload, timeout=limit, waiting_for="a conversation")
     return Evaluation(
         fmean(scored), rewards,
         dict(Counter(reason for report in reports for reason in report.stop_reasons)),

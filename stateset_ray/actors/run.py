@@ -1,12 +1,4 @@
-"""A run: everything that is open while training, and its folder.
-
-runs/<name>/
-  config.toml          the resolved configuration
-  metrics.jsonl        one object per step
-  trajectories.jsonl   sampled conversations, token by token
-  checkpoints/         see stateset_ray.checkpoint
-  summary.json         written at the end
-"""
+"""A run: everything that is open while training."""
 
 from __future__ import annotations
 
@@ -20,18 +12,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from stateset_ray import checkpoint
 from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.evaluation import Evaluation, evaluate_heldout
 from stateset_ray.actors.jobs import GroupJob, GroupPayload
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.placement import cluster, place
+from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import Collected, RolloutPool, rollout_pool
-from stateset_ray.config import Config, load_config
+from stateset_ray.actors.run_folder import open_folder
+from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment, build_environment, check_expert
-from stateset_ray.errors import ConfigError, RunError
+from stateset_ray.errors import RunError
 from stateset_ray.metrics import JsonLines, MemoryMeter, spread, versions
 from stateset_ray.models import check_fits, load_tokenizer, local_folder
 from stateset_ray.policies.renderer import Renderer
@@ -41,12 +33,6 @@ __all__ = ["OnEvent", "Run", "open_run"]
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
-_MAY_CHANGE = (
-    "run.name", "run.dir", "run.log_trajectories", "train.steps", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.evaluate_every", "rollout.workers", "rollout.retries",
-    "learner.timeout", "model.threads",
-)  # fmt: skip
-_MAY_CHANGE_SECTIONS = ("cluster.", "evaluate.")
 _EMPTY_STEPS = 10  # steps in a row without any gradient after which the run stops
 
 
@@ -92,11 +78,10 @@ class Run:
 
     def jobs(self, step: int) -> list[GroupJob]:
         """The groups of one step. A pure function of configuration and step, so that resuming is exact."""
-        config, train = self.config, self.config.train
-        first = train.warm_start.steps * train.warm_start.dialogues + step * train.tasks_per_step
+        first = self._first_task(step)
         return [
-            self._job(str(step), index, config.grpo.group_size)
-            for index in range(first, first + train.tasks_per_step)
+            self._job(str(step), index, self.config.grpo.group_size)
+            for index in range(first, first + self.config.train.tasks_per_step)
         ]
 
     def expert_jobs(self, step: int) -> list[GroupJob]:
@@ -106,6 +91,11 @@ class Run:
             self._job(f"warm-{step}", index, 1, expert=True)
             for index in range(step * count, (step + 1) * count)
         ]
+
+    def _first_task(self, step: int) -> int:
+        """Index of a step's first train task: the stream begins with those of the warm start."""
+        train = self.config.train
+        return train.warm_start.steps * train.warm_start.dialogues + step * train.tasks_per_step
 
     def _job(self, step: str, index: int, size: int, *, expert: bool = False) -> GroupJob:
         task = self._environment.task("train", index)
@@ -130,6 +120,12 @@ class Run:
         result = evaluate_heldout(self.pool, self._environment, self.config, self._stop.is_set)
         self._note_evaluation(name, result, time.monotonic() - started)
 
+    def evaluate_if_due(self) -> None:
+        """Evaluate every `train.evaluate_every` steps, once."""
+        every, name = self.config.train.evaluate_every, f"step_{self.step}"
+        if every and self.step and self.step % every == 0 and f"heldout_{name}" not in self.results:
+            self.evaluate(name)
+
     def after(
         self, collected: Collected, batch: Batch, update: Mapping[str, float], seconds: Mapping[str, float]
     ) -> None:
@@ -148,9 +144,8 @@ class Run:
         left = self.config.train.steps - self.step
         took = sum(seconds.values())
         self.emit("step", **record, steps=self.config.train.steps, seconds_left=left * took)
-        every = self.config.train.evaluate_every
-        if every and self.step % every == 0 and left:
-            self.evaluate(f"step_{self.step}")
+        if left:
+            self.evaluate_if_due()
         if self.step % self.config.train.checkpoint_every == 0 and left:
             self.save()
 
@@ -164,7 +159,7 @@ class Run:
             "version": self.version,
             "results": self.results,
             "seconds": self._elapsed(),
-            "next_task": self.step * self.config.train.tasks_per_step,
+            "next_task": self._first_task(self.step),
         }
         root = self.folder / "checkpoints"
         keep = self.config.train.keep_checkpoints
@@ -239,10 +234,11 @@ class Run:
         self.emit("evaluation", name=name, seconds=seconds, **result.as_dict())
 
     def _log_trajectories(self, collected: Collected) -> None:
-        wanted = self.config.run.log_trajectories
-        for handle in collected.groups[:wanted]:
-            payload: GroupPayload = ray.get(handle.payload)
-            # One of each group; the same one in every run.
+        refs = [handle.payload for handle in collected.groups[: self.config.run.log_trajectories]]
+        limit = self.config.cluster.wait_seconds
+        payloads: list[GroupPayload] = get(refs, timeout=limit, waiting_for="conversations to log")
+        for payload in payloads:
+            # The first of each group: the same one in every run.
             text = payload.group.trajectories[0].to_json()
             self._trajectories.append({"step": self.step, "trajectory": json.loads(text)})
 
@@ -288,7 +284,7 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
         check_expert(environment)
     check_fits(config)
     Renderer(load_tokenizer(config.model.name))  # a chat template it refuses, every worker would refuse
-    config, folder = _open_folder(config, resume)
+    config, folder = open_folder(config, resume=resume)
     on_event({"event": "opened", "folder": str(folder), "model": config.model.name, "resume": resume})
     local_folder(config.model.name)  # built once here, not by every actor at the same time
     with ExitStack() as stack:
@@ -303,62 +299,6 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
             run.restore()
         run.publish(run.version)
         yield run
-
-
-def _open_folder(config: Config, resume: bool) -> tuple[Config, Path]:
-    """The run's folder, with its configuration written into it."""
-    folder = config.run.folder
-    if resume:
-        stored = folder / "config.toml"
-        if not stored.is_file():
-            raise RunError(
-                "there is no run of this name to resume", given=str(folder),
-                mend="check run.name and run.dir, or start without --resume",
-            )  # fmt: skip
-        _check_same(load_config(stored), config)
-    else:
-        number = 1
-        while folder.exists() and any(folder.iterdir()):
-            number += 1
-            folder = config.run.dir / f"{config.run.name}-{number}"
-        config = config.with_overrides([f'run.name="{folder.name}"'])
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"the run folder cannot be written: {error.strerror}", given=str(folder),
-            mend="set run.dir to a folder you may write to",
-        ) from error  # fmt: skip
-    return config, folder
-
-
-def _check_same(stored: Config, given: Config) -> None:
-    """An exact continuation needs the same run: refuse what would silently make it another one."""
-    old, new = dict(_flat(stored.model_dump(mode="json"))), dict(_flat(given.model_dump(mode="json")))
-    changed = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key not in _MAY_CHANGE
-        and not key.startswith(_MAY_CHANGE_SECTIONS)
-    ]
-    if given.train.steps != stored.train.steps and stored.learner.schedule != "constant":
-        changed.append("train.steps, on which the learning-rate schedule depends")
-    if changed:
-        raise ConfigError(
-            "this is not the configuration that the run began with:\n"
-            + "\n".join(f"  - {line}" for line in changed),
-            mend="resume with the run's own config.toml, or start a new run",
-        )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 @contextmanager

@@ -55,11 +55,11 @@ def test_a_narrow_log_does_not_break_lines() -> None:
 
 
 def test_what_went_missing_is_said() -> None:
-    trajectories = {"dispatched": 32, "trained": 21, "filtered": 8, "dropped": {"timeout": 2, "cancelled": 1}}
+    trajectories = {"dispatched": 32, "trained": 21, "filtered": 8, "dropped": {"timeout": 2, "reward_error": 1}}
     text = shown(
         {**STEP, "trajectories": trajectories, "errors": ["it [red]broke\nbadly"], "worker_restarts": 1}
     )
-    assert "  filtered 8  workers restarted 1  dropped 3 (timeout, cancelled)\n" in text
+    assert "  filtered 8  workers restarted 1  dropped 3 (timeout, reward_error)\n" in text
     assert text.endswith("  it [red]broke\n")
 
 
@@ -77,7 +77,7 @@ def test_a_long_warm_start_is_thinned_and_its_end_is_shown() -> None:
         "stop_reasons": {},
     }  # fmt: skip
     lines = shown(*warm, evaluation).splitlines()
-    assert [text.split("  ")[0] for text in lines[:-1]] == [f"warm start {n}" for n in (1, 10, 20, 24)]
+    assert [text.split("  ")[0] for text in lines[:-1]] == [f"warm start {n}/24" for n in (1, 10, 20, 24)]
     assert lines[-1] == "held-out reward before GRPO: 0.250  (8 tasks, 1.0 s)  failed 2"
 
 
