@@ -20,7 +20,7 @@ import ray
 from stateset_ray.actors.jobs import GroupPayload, SampleSize
 from stateset_ray.actors.placement import Placement
 from stateset_ray.actors.remote import get
-from stateset_ray.actors.weights import PublishedWeights
+from stateset_ray.actors.weights import PARTS, PublishedWeights, split
 from stateset_ray.config import Config
 from stateset_ray.errors import LearnerError, StatesetError
 from stateset_ray.learner.batch import plan
@@ -81,10 +81,10 @@ class LearnerRank:
         ]
         return self._ready().update(rows, denominator, step, loss)
 
-    def export(self) -> tuple[None, dict[str, Any]]:
-        """(None, encoded weights), the weights on rank 0 only; two results, so that success can be seen
-        without fetching the second."""
-        return None, self._ready().export_weights()
+    def export(self) -> tuple[Any, ...]:
+        """None and the encoded weights in parts, on rank 0 only; the first of these results is there so
+        that success can be seen without fetching the others."""
+        return None, *split(self._ready().export_weights())
 
     def save(self, folder: str) -> None:
         """This rank's part of a checkpoint: the model (rank 0) and the state."""
@@ -143,9 +143,9 @@ class LearnerGroup:
 
     def publish(self, version: int) -> PublishedWeights:
         """Put the weights into the object store, under their version."""
-        calls = [rank.export.options(num_returns=2).remote() for rank in self._ranks]
-        self._all([done for done, _ in calls], "an export of the weights")
-        return PublishedWeights(version, calls[0][1])
+        calls = [rank.export.options(num_returns=1 + PARTS).remote() for rank in self._ranks]
+        self._all([done for done, *_ in calls], "an export of the weights")
+        return PublishedWeights(version, tuple(calls[0][1:]))
 
     def save(self, folder: Path) -> None:
         """Write model and state of all ranks into a folder that all of them see."""

@@ -16,7 +16,7 @@ __all__ = ["Memory", "expected_memory", "size"]
 _GIB = 2**30
 _PROCESS = 350 * 2**20  # of the controller or an actor before its model: Python, torch, Ray
 _RAY = 512 * 2**20  # of Ray's own processes on one node
-_BUCKET = 50_000_000  # elements of the learner's reduce buckets (`learner.engine`)
+_BUCKET = 16_000_000  # elements of the learner's reduce buckets (`learner.engine`)
 
 
 @dataclass(frozen=True)

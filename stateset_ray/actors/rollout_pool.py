@@ -134,11 +134,11 @@ class RolloutPool:
     def _dispatch(self, worker: _Worker, jobs: Sequence[GroupJob], state: _Collection) -> None:
         if not jobs:
             return
-        weights = self.weights or PublishedWeights(0, None)
+        weights = self.weights or PublishedWeights(0)
         worker.jobs = {job.id: job for job in jobs}
         state.counts.dispatched += sum(job.size for job in jobs)
         worker.stream = worker.actor.play.options(num_returns="streaming").remote(
-            weights.version, {"ref": weights.ref}, list(jobs)
+            weights.version, {"refs": weights.refs}, list(jobs)
         )
 
     def _advance(self, state: _Collection) -> bool:

@@ -89,8 +89,8 @@ class RolloutWorker:
 
         Args:
             version: the version that must answer.
-            weights: {"ref": reference to the encoded weights}; nested, so that they are fetched only if
-                this worker does not hold them yet.
+            weights: {"refs": references to the encoded weights}; nested, so that they are fetched only
+                if this worker does not hold them yet.
             jobs: what to play.
 
         Yields:
@@ -123,11 +123,12 @@ class RolloutWorker:
         async with self._loading:
             if engine.version == version:
                 return
-            if weights["ref"] is None:  # nothing was published: the weights it was built with
+            if not weights["refs"]:  # nothing was published: the weights it was built with
                 engine.version = version
                 return
-            arrays = await weights["ref"]
-            await engine.load_weights(version, {name: decode(a) for name, a in arrays.items()})
+            parts = await asyncio.gather(*weights["refs"])
+            tensors = {name: decode(array) for part in parts for name, array in part.items()}
+            await engine.load_weights(version, tensors)
 
     async def _group(self, job: GroupJob) -> tuple[GroupReport, GroupPayload]:
         played = await asyncio.gather(*[self._one(job, sample) for sample in range(job.size)])

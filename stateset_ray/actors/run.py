@@ -109,6 +109,7 @@ class Run:
 
     def publish(self, version: int) -> None:
         """Make the learners' weights the ones that every worker answers with, from its next turn on."""
+        self.pool.weights = None  # the object store need not hold the old version beside the new one
         self.pool.weights = self.learners.publish(version)
         self.version = version
 

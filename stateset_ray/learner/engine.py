@@ -39,7 +39,7 @@ from stateset_ray.policies.weights import encode
 
 __all__ = ["DeepSpeedEngine", "StepResult", "ragged_logits"]
 
-_REDUCE_BUCKET = 50_000_000
+_REDUCE_BUCKET = 16_000_000
 """Elements that ZeRO 1 and 2 copy together and reduce at once (its default, 5e8, is 2 GB in float32)."""
 
 _GATHER_BYTES = 1 << 30

@@ -1,6 +1,5 @@
 """One local Ray cluster for all tests of this folder, apart from any other on this machine."""
 
-import os
 import shutil
 import sys
 import tempfile
@@ -23,17 +22,14 @@ def local_ray() -> Iterator[None]:
         return
     # Short, because the sockets in it must stay below 108 characters.
     folder = tempfile.mkdtemp(prefix="ssr", dir="/tmp")
-    before = os.environ.copy()
-    # Ray would write a token into the home directory, and a RAY_ADDRESS would be joined.
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    ray.init(
-        address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        _temp_dir=folder,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray would write a token into the home directory, and would join a RAY_ADDRESS.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(
+            address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+            _temp_dir=folder,
+        )  # fmt: skip
+        yield
+        ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

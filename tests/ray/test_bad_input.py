@@ -32,21 +32,27 @@ def overridden(*overrides: str) -> Callable[[Path], Config]:
     return lambda folder: small(folder, *overrides)
 
 
+ECHO = "stateset_ray.environments.echo"
 CASES = {
-    "no model folder": (
-        overridden("model.name=./nowhere"), ModelError, "no such model folder", "check model.name"),
+    "no model folder": (overridden("model.name=./nowhere"), ModelError, "no such model folder", "model.name"),
     "no model in it": (empty_model, ModelError, "no model in the Hugging Face layout", "config.json"),
     "no chat template": (silent_model, TemplateError, "no chat template", "instruction-tuned"),
     "no module": (
-        overridden('environment.path="nowhere.at_all:Echo"'), ConfigError, "cannot be imported", "package.module"),
-    "no class": (
-        overridden('environment.path="stateset_ray.environments.echo:Ecko"'), ConfigError, "no Environment class", "Echo"),
-    "no such option": (
-        overridden("environment.options.lenght=3"), ConfigError, "cannot be built", "length"),
+        overridden('environment.path="nowhere.at_all:Echo"'),
+        ConfigError,
+        "cannot be imported",
+        "package.module",
+    ),
+    "no class": (overridden(f'environment.path="{ECHO}:Ecko"'), ConfigError, "no Environment class", "Echo"),
+    "no such option": (overridden("environment.options.lenght=3"), ConfigError, "cannot be built", "length"),
     "too long": (
-        overridden("rollout.max_context=4096"), ConfigError, "exceeds the 2048 positions", "at most 2048"),
+        overridden("rollout.max_context=4096", "learner.micro_batch_tokens=4096"),
+        ConfigError,
+        "exceeds the 2048 positions",
+        "at most 2048",
+    ),
     "nothing to resume": (overridden("run.name=never"), RunError, "no run of this name", "run.name"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -68,9 +68,7 @@ def logged(run: Run, step: int) -> list[str]:
         ("nan", "reward_error", "not a finite number"),
     ],
 )
-def test_a_broken_conversation_is_counted_and_excluded(
-    run: Run, fault: str, reason: str, says: str
-) -> None:
+def test_a_broken_conversation_is_counted_and_excluded(run: Run, fault: str, reason: str, says: str) -> None:
     version = run.version
     # Two of four survive in the first group; in the second one, who has nobody to be compared with.
     record = play(run, {0: {"fault": fault, "spare": 2}, 1: {"fault": fault, "spare": 1}})
@@ -88,7 +86,7 @@ def test_a_broken_conversation_is_counted_and_excluded(
 
 def test_a_step_of_broken_conversations_trains_nothing(run: Run) -> None:
     version = run.version
-    record = play(run, dict.fromkeys(range(4), {"fault": "raise"}))
+    record = play(run, {slot: {"fault": "raise"} for slot in range(4)})
     assert record["trajectories"]["dropped"] == {"environment_error": 16}
     assert record["trajectories"]["trained"] == 0
     assert (run.version, record["policy_version"], record["loss"]) == (version, version, None)
@@ -142,9 +140,11 @@ def test_a_broken_engine_is_tried_again_and_then_reported(run: Run) -> None:
     """Weights of NaN: the policy cannot answer, which is no fault of the environment."""
     good = run.pool.weights
     assert good
-    broken = {name: np.full_like(array, np.nan) for name, array in ray.get(good.ref).items()}
+    broken = {
+        name: np.full_like(array, np.nan) for part in ray.get(list(good.refs)) for name, array in part.items()
+    }
     Playground.plan = {}
-    run.pool.weights = PublishedWeights(10**6, ray.put(broken))
+    run.pool.weights = PublishedWeights(10**6, (ray.put(broken),))
     try:
         collected = run.collect(run.jobs(run.step))
     finally:
@@ -165,7 +165,9 @@ def test_shuffled_rewards_are_those_of_the_group(run: Run) -> None:
     plain, control = (
         {
             (size.payload, size.size.trajectory): size.advantage
-            for size in policy_batch(replace(collected, counts=copy.deepcopy(collected.counts)), config).samples
+            for size in policy_batch(
+                replace(collected, counts=copy.deepcopy(collected.counts)), config
+            ).samples
         }
         for config in (run.config, shuffle)
     )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ class Result:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Result]:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """Four steps, one worker, one rank."""
-    yield Result(small(tmp_path_factory.mktemp("plain"), *ALL, "evaluate.tasks=4", "train.evaluate_every=2"))
+    return Result(small(tmp_path_factory.mktemp("plain"), *ALL, "evaluate.tasks=4", "train.evaluate_every=2"))
 
 
 # --- what a run leaves
@@ -127,7 +127,7 @@ def test_a_checkpoint_is_a_plain_model_and_the_one_that_sampled(plain: Result) -
 def test_the_weights_move_at_every_step(plain: Result) -> None:
     states = [load_file(Path(local_folder("tiny")) / "model.safetensors")]
     states += [plain.weights(step) for step in (1, 2, 3, 4)]
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         assert before.keys() == after.keys()
         assert not any(torch.equal(before[name], after[name]) for name in before)
 

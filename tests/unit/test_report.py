@@ -55,7 +55,12 @@ def test_a_narrow_log_does_not_break_lines() -> None:
 
 
 def test_what_went_missing_is_said() -> None:
-    trajectories = {"dispatched": 32, "trained": 21, "filtered": 8, "dropped": {"timeout": 2, "reward_error": 1}}
+    trajectories = {
+        "dispatched": 32,
+        "trained": 21,
+        "filtered": 8,
+        "dropped": {"timeout": 2, "reward_error": 1},
+    }
     text = shown(
         {**STEP, "trajectories": trajectories, "errors": ["it [red]broke\nbadly"], "worker_restarts": 1}
     )
@@ -71,7 +76,10 @@ def test_the_time_left_looks_at_the_last_steps() -> None:
 
 
 def test_a_long_warm_start_is_thinned_and_its_end_is_shown() -> None:
-    warm = [{"event": "warm_start", "step": n, "steps": 24, "loss": 5.0 - n / 10, "seconds": 0.5} for n in range(24)]
+    warm = [
+        {"event": "warm_start", "step": n, "steps": 24, "loss": 5.0 - n / 10, "seconds": 0.5}
+        for n in range(24)
+    ]
     evaluation = {
         "event": "evaluation", "name": "before", "seconds": 1.0, "reward": 0.25, "tasks": 8, "failed": 2,
         "stop_reasons": {},
