@@ -22,7 +22,7 @@ from stateset_ray.actors.placement import Placement
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.weights import PARTS, PublishedWeights, split
 from stateset_ray.config import Config
-from stateset_ray.errors import LearnerError, StatesetError
+from stateset_ray.errors import ClusterError, LearnerError, StatesetError
 from stateset_ray.learner.batch import plan
 from stateset_ray.learner.learner import Learner, LossKind
 from stateset_ray.models import choose_hardware
@@ -173,11 +173,12 @@ class LearnerGroup:
                         mend="raise learner.timeout if the work is really that long",
                     )
                 get(ready, timeout=self._config.learner.timeout, waiting_for=what)
-        except StatesetError:
+        except Exception as error:
             self.end()
-            raise
-        except Exception as error:  # a dead rank, or what its peers raise when a collective breaks
-            self.end()
+            # A ClusterError tells of what a rank did not raise on purpose: the peers of a dead one raise
+            # it when their collective breaks, and may be heard before its death is.
+            if isinstance(error, StatesetError) and not isinstance(error, ClusterError):
+                raise
             raise LearnerError(
                 f"a learner rank failed during {what}; all ranks were ended: {error}",
                 mend="the last checkpoint is whole: continue with --resume (out of memory? lower "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ray
@@ -43,8 +44,10 @@ def cause_of(error: RayTaskError) -> Exception:
     if isinstance(cause, StatesetError):
         return cause
     trace = str(error).strip().splitlines()
+    # Ray's error that is an instance of its cause too has none of RayTaskError's own attributes.
+    called = re.search(r"ray::([\w.]+)", trace[0])
     return ClusterError(
-        f"{error.function_name} failed: {type(cause).__name__}: {cause}",
+        f"{called[1] if called else 'a remote call'} failed: {type(cause).__name__}: {cause}",
         given="\n".join(["", *trace[-_TRACE_LINES:]]),
         mend="if this is not of your own code, please report it",
     )

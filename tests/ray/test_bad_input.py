@@ -48,7 +48,7 @@ CASES = {
     "too long": (
         overridden("rollout.max_context=4096", "learner.micro_batch_tokens=4096"),
         ConfigError,
-        "exceeds the 2048 positions",
+        "exceeds the model's 2048 positions",
         "at most 2048",
     ),
     "nothing to resume": (overridden("run.name=never"), RunError, "no run of this name", "run.name"),

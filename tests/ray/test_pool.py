@@ -14,7 +14,7 @@ from stateset_ray.actors import rollout_pool as module
 from stateset_ray.actors.jobs import GroupJob
 from stateset_ray.actors.placement import import_paths
 from stateset_ray.actors.rollout_pool import RolloutPool
-from stateset_ray.errors import ModelError
+from stateset_ray.errors import ClusterError, ModelError
 from stateset_ray.types import Task
 
 pytestmark = pytest.mark.ray
@@ -90,3 +90,10 @@ def test_a_death_between_payload_and_report_loses_no_group(pool: Make, tmp_path:
 def test_what_no_retry_can_mend_is_raised(pool: Make) -> None:
     with pytest.raises(ModelError, match="no such weights"):
         pool(2).collect(jobs({}, {"raises": "no such weights"}))
+
+
+def test_a_bug_is_raised_with_its_place(pool: Make) -> None:
+    """Not by Ray's own error, which nobody catches: with where it was raised and what it said."""
+    with pytest.raises(ClusterError, match="ScriptedWorker.play failed: ValueError: off by one") as caught:
+        pool(1).collect(jobs({"bug": "off by one"}))
+    assert "scripted_worker.py" in str(caught.value)

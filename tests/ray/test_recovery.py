@@ -9,9 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from playground import gone, on_fifo, small
 
 from stateset_ray import checkpoint
+from stateset_ray.actors.jobs import SampleSize
+from stateset_ray.actors.learner_group import SampleRef, learner_group
+from stateset_ray.actors.placement import place
 from stateset_ray.actors.run import open_run
 from stateset_ray.config import Config
 from stateset_ray.errors import CheckpointError, LearnerError
@@ -62,6 +66,17 @@ def test_a_killed_learner_ends_the_run_which_can_be_resumed(tmp_path: Path) -> N
     records = JsonLines(config.run.folder / "metrics.jsonl").read()
     assert [record["step"] for record in records] == [0, 1, 2]
     assert abs(records[2]["kl_mismatch"]) < 1e-4
+
+
+def test_whatever_a_rank_raises_ends_all_of_them_with_one_kind_of_error(tmp_path: Path) -> None:
+    """As when a collective breaks under the peers of a dead rank, which may be heard before its death."""
+    config = small(tmp_path)
+    with place(config) as placement, learner_group(config, placement) as learners:
+        lost = SampleRef(ray.put("no group"), SampleSize(trajectory=0, row=0, tokens=9, masked=3), 1.0)
+        with pytest.raises(LearnerError, match="AttributeError: 'str' object") as caught:
+            learners.update([lost], 3, 0)
+        assert gone(learners.pids)
+    assert "--resume" in caught.value.mend
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(copied: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ __all__ = ["ScriptedWorker"]
 
 
 class ScriptedWorker(RolloutWorker):
-    """Plays by `task.data`: {"fail": n} infrastructure failures first, {"dies": fifo}, {"raises": text}."""
+    """Plays by `task.data`: {"fail": n} times at first, {"dies": fifo}, {"raises": text}, {"bug": text}."""
 
     _renderer = SimpleNamespace(rewrites_history=False)
 
@@ -32,6 +32,8 @@ class ScriptedWorker(RolloutWorker):
         data = job.task.data
         if "raises" in data:
             raise ModelError(data["raises"])
+        if "bug" in data:
+            raise ValueError(data["bug"])
         broken = self._failed[job.id] < data.get("fail", 0)
         self._failed[job.id] += broken
         reason = StopReason.INFRASTRUCTURE_ERROR if broken else StopReason.COMPLETED
