@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from stateset_ray.errors import ClusterError, StatesetError, WaitTimeout
 
@@ -25,7 +25,8 @@ def get(refs: Any, *, timeout: float, waiting_for: str) -> Any:
 
     Raises:
         WaitTimeout: the limit passed.
-        StatesetError: the remote side raised it; other errors come as Ray gives them.
+        StatesetError: the remote side raised it.
+        ClusterError: an actor died, or the remote side raised something else.
     """
     try:
         return ray.get(refs, timeout=timeout)
@@ -36,6 +37,11 @@ def get(refs: Any, *, timeout: float, waiting_for: str) -> Any:
         ) from error
     except RayTaskError as error:
         raise cause_of(error) from None
+    except RayActorError as error:
+        raise ClusterError(
+            f"an actor died while the controller waited for {waiting_for}: {error}",
+            mend="look at its log; is there memory for its model?",
+        ) from error
 
 
 def cause_of(error: RayTaskError) -> Exception:
