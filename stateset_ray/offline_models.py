@@ -6,10 +6,13 @@ any other model.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -45,6 +48,7 @@ def built(name: str) -> Path:
                 scratch = target.with_name(f"{key}.tmp-{uuid.uuid4().hex}")
                 try:
                     build(scratch)
+                    _give_back_memory()
                     shutil.rmtree(target, ignore_errors=True)
                     scratch.rename(target)
                 finally:
@@ -124,6 +128,13 @@ def _build_tiny(folder: Path) -> None:
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _give_back_memory() -> None:
+    """Return what a conversion used to the system; the C library would keep it for this process."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 _RECIPES = {
