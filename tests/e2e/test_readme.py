@@ -230,11 +230,10 @@ def test_every_path_named_exists() -> None:
 
 def test_the_run_folder_is_as_drawn() -> None:
     """By the names that the code writes."""
-    [block] = blocks("text", "runs/demo/")
+    [block] = blocks("text", "runs/demo/\n  config.toml")
     drawn = re.findall(r"^ +([\w.]+)(?= )", block.text, re.MULTILINE)
-    sources = [
-        (ROOT / "stateset_ray" / f).read_text(encoding="utf-8") for f in ("actors/run.py", "checkpoint.py")
-    ]
+    writers = ("actors/run.py", "actors/run_folder.py", "checkpoint.py")
+    sources = [(ROOT / "stateset_ray" / f).read_text(encoding="utf-8") for f in writers]
     assert drawn == ["config.toml", "metrics.jsonl", "trajectories.jsonl", "summary.json", "latest"]
     assert [name for name in drawn if not any(f'"{name}"' in source for source in sources)] == []
 
