@@ -269,7 +269,7 @@ def _prepare_for_training(model: Any, checkpointing: bool) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.eval()  # the policy that is trained must be the one that sampled
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype, hidden: int) -> dict[str, Any]:
