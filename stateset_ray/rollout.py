@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stateset_ray.config import RolloutConfig
-from stateset_ray.environments.base import Environment, call
-from stateset_ray.errors import EnvironmentFault, InfrastructureFault, RewardFault
+from stateset_ray.environments.base import Environment
+from stateset_ray.environments.boundary import ask, close
+from stateset_ray.errors import EnvironmentFault, InfrastructureFault, RewardFault, TemplateError
 from stateset_ray.policies.base import Policy, Reply, ReplyRequest
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.types import Message, Step, StopReason, Task, Trajectory, Turn, derive_seed
@@ -82,7 +84,7 @@ async def rollout(
         error = str(fault) or f"the conversation took longer than {limits.conversation_timeout} s"
     finally:
         policy.release(id)
-        closing = await _close(environment, limits.environment_timeout)
+        closing = await close(environment, limits.environment_timeout)
     return Trajectory(
         id, task, sample, tuple(talk.messages), tuple(talk.turns), reason,
         info=talk.info, error=error or closing, seconds=time.monotonic() - started,
@@ -93,14 +95,14 @@ async def _play(
     environment: Environment, task: Task, policy: Policy, renderer: Renderer, limits: RolloutConfig,
     talk: _Conversation, *, id: str, seed: int, sample: int, temperature: float,
 ) -> StopReason:  # fmt: skip
-    step = await _ask(environment, "reset", limits, task, seed)
+    step = await ask(environment, "reset", limits.environment_timeout, task, seed)
     talk.messages += step.messages
     talk.info = dict(step.info)
     if step.terminated or step.truncated or not step.messages:
         raise EnvironmentFault("the environment's reset left nothing for the policy to answer", given=task.id)
     if step.reward:
         raise RewardFault("reset earns nothing, because no reply was given yet", given=step.reward)
-    context, forked = renderer.opening(talk.messages), False
+    context, forked = _rendered(lambda: (renderer.opening(talk.messages), False))
     while True:
         # The limits that a next turn would pass are checked before it is begun, so that ids, mask and
         # messages never hold a prompt that nothing was sampled for.
@@ -120,16 +122,25 @@ async def _play(
         talk.messages.append(message)
         turn = Turn(context, reply.token_ids, reply.logprobs, reply.policy_version, forked=forked)
         talk.turns.append(turn)
-        step = await _ask(environment, "step", limits, message)
-        talk.turns[-1] = replace(turn, reward=step.reward)
+        step = await ask(environment, "step", limits.environment_timeout, message)
+        talk.turns[-1] = replace(turn, reward=step.reward, rewards=dict(step.rewards))
         talk.messages += step.messages
         talk.info = dict(step.info)
         reason = _end(step, reply, limits, len(talk.turns), budget)
         if reason is not None:
             return reason
-        context, forked = renderer.next_prompt(
-            talk.ids, talk.messages, len(step.messages), stopped=reply.finish == "stop"
+        said, stopped = len(step.messages), reply.finish == "stop"
+        context, forked = _rendered(
+            lambda: renderer.next_prompt(talk.ids, talk.messages, said, stopped=stopped)  # noqa: B023
         )
+
+
+def _rendered(render: Callable[[], tuple[tuple[int, ...], bool]]) -> tuple[tuple[int, ...], bool]:
+    """What an environment said as a prompt; that its template refuses it is the environment's fault."""
+    try:
+        return render()
+    except TemplateError as error:
+        raise EnvironmentFault(error.problem, error.given, error.mend) from error
 
 
 def _end(step: Step, reply: Reply, limits: RolloutConfig, turns: int, budget: int) -> StopReason | None:
@@ -152,46 +163,11 @@ async def _reply(policy: Policy, request: ReplyRequest, timeout: float) -> Reply
             reply = await policy.reply(request)
     except TimeoutError:
         raise TimeoutError(f"a reply took longer than rollout.turn_timeout = {timeout} s") from None
-    if not reply.token_ids or not all(map(math.isfinite, reply.logprobs)):
-        raise InfrastructureFault("the policy returned no tokens, or log-probabilities that are not finite")
-    return reply
-
-
-async def _ask(environment: Environment, method: str, limits: RolloutConfig, *args: Any) -> Step:
-    """Call reset or step with its timeout, and check what comes back."""
-    name = f"{type(environment).__name__}.{method}"
-    try:
-        async with asyncio.timeout(limits.environment_timeout) as clock:
-            step = await call(getattr(environment, method), *args)
-    except TimeoutError as error:
-        if not clock.expired():
-            raise EnvironmentFault(f"{name} raised TimeoutError: {error}") from error
-        raise EnvironmentFault(
-            f"{name} took longer than rollout.environment_timeout = {limits.environment_timeout} s",
-            mend="make it faster, or raise the limit",
-        ) from None
-    except Exception as error:
-        raise EnvironmentFault(f"{name} raised {type(error).__name__}: {error}") from error
-    if not isinstance(step, Step) or not all(isinstance(m, Message) for m in step.messages):
-        raise EnvironmentFault(
-            f"{name} must return a Step whose messages are Message objects", given=repr(step)[:200]
+    if not reply.token_ids or len(reply.logprobs) != len(reply.token_ids):
+        raise InfrastructureFault(
+            "the policy returned no tokens, or not one log-probability for each",
+            given=f"{len(reply.token_ids)} tokens, {len(reply.logprobs)} log-probabilities",
         )
-    if any(m.role == "assistant" for m in step.messages) and method == "step":
-        raise EnvironmentFault(f"{name} returned an assistant message; only the policy speaks as assistant")
-    if not isinstance(step.reward, int | float) or not math.isfinite(step.reward):
-        raise RewardFault(f"{name} gave a reward that is not a finite number", given=step.reward)
-    return step
-
-
-async def _close(environment: Environment, timeout: float) -> str | None:
-    """Close the environment, shielded from cancellation; returns what went wrong."""
-
-    async def close() -> None:
-        async with asyncio.timeout(timeout):
-            await call(environment.close)
-
-    try:
-        await asyncio.shield(close())
-    except Exception as error:  # a failing close must not hide how the conversation ended
-        return f"{type(environment).__name__}.close raised {type(error).__name__}: {error}"
-    return None
+    if not all(p is not None and math.isfinite(p) for p in reply.logprobs):
+        raise InfrastructureFault("the policy returned log-probabilities that are not finite")
+    return reply

@@ -9,7 +9,7 @@ Shapes are written with these letters: T tokens of one sample, K sampled tokens 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
@@ -90,6 +90,8 @@ class Step:
 
     `terminated` says that the environment finished the conversation, `truncated` that it gave up
     (out of patience, out of time). `reward` is what the last reply earned; `reset` earns nothing.
+    `rewards` are named parts of it, for objectives that normalize each apart (`grpo.reward_weights`);
+    what is reported and evaluated is `reward`.
 
     Example:
         >>> Step((Message("user", "Say: cab"),)).reward
@@ -101,6 +103,7 @@ class Step:
     terminated: bool = False
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 class StopReason(StrEnum):
@@ -162,6 +165,7 @@ class Turn:
             (temperature applied).
         policy_version: the version of the weights that sampled all of `token_ids`.
         reward: what the environment gave for this reply.
+        rewards: named parts of it, if the environment names any.
         forked: True where the chat template rewrote history, so that the prompt does not continue the
             previous turn.
 
@@ -176,6 +180,7 @@ class Turn:
     policy_version: int
     reward: float = 0.0
     forked: bool = False
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -274,14 +279,16 @@ class Sample:
         token_ids: int32 [T] prompt and sampled tokens in the order the policy saw them.
         loss_mask: bool [T] True exactly on tokens that this policy sampled in this rollout.
         logprobs: float32 [T] log-probability at sampling time; 0 where the mask is False.
-        advantages: float32 [T] credit per token; rollouts ship 1 on the mask, and `scaled` by the
-            trajectory's advantage when the whole batch is known. 0 where the mask is False.
+        advantages: float32 [T] credit per token; rollouts ship 1 on the mask, and `credited` puts the
+            advantages there when the whole batch is known. 0 where the mask is False.
         versions: int32 [T] policy version per token; -1 where the mask is False.
+        turns: int32 [T] index of the token's turn in its trajectory; -1 where the mask is False.
+        weight: of each of its tokens in the loss, beside those of the other samples.
 
     Example:
         >>> s = Sample(np.array([5, 6]), np.array([False, True]), np.array([0.0, -0.1]),
-        ...            np.array([0.0, 1.0]), np.array([-1, 3]))
-        >>> s.scaled(2.0).advantages.tolist()
+        ...            np.array([0.0, 1.0]), np.array([-1, 3]), np.array([-1, 0]))
+        >>> s.credited([2.0]).advantages.tolist()
         [0.0, 2.0]
     """
 
@@ -290,11 +297,13 @@ class Sample:
     logprobs: npt.NDArray[np.float32]
     advantages: npt.NDArray[np.float32]
     versions: npt.NDArray[np.int32]
+    turns: npt.NDArray[np.int32]
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         lengths = {
             len(self.token_ids), len(self.loss_mask), len(self.logprobs),
-            len(self.advantages), len(self.versions),
+            len(self.advantages), len(self.versions), len(self.turns),
         }  # fmt: skip
         if len(lengths) != 1:
             raise ValueError(f"the arrays of a sample must have one length, not {sorted(lengths)}")
@@ -302,6 +311,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def scaled(self, advantage: float) -> Sample:
-        """This sample with its credit multiplied by the trajectory's advantage."""
-        return replace(self, advantages=self.advantages * np.float32(advantage))
+    def credited(self, advantages: Sequence[float], weight: float = 1.0) -> Sample:
+        """This sample with the advantage of each token's turn, and its weight in the loss.
+
+        Args:
+            advantages: one per turn of the trajectory.
+        """
+        per_turn = np.asarray([*advantages, 0.0], np.float32)  # the last one for turn -1: no turn
+        return replace(self, advantages=per_turn[self.turns], weight=weight)

@@ -9,7 +9,7 @@ import numpy as np
 
 from stateset_ray.types import Sample, Trajectory, Turn
 
-__all__ = ["samples"]
+__all__ = ["samples", "shared_prefix"]
 
 
 def samples(trajectory: Trajectory) -> list[Sample]:
@@ -18,7 +18,7 @@ def samples(trajectory: Trajectory) -> list[Sample]:
     A conversation is one sample unless its chat template rewrote history: each forked turn begins a new
     one, whose context (the rewritten history included) has mask 0, so that every sampled token is
     trained exactly once. All samples of a trajectory share its one advantage; they ship unit credit,
-    to be `scaled` when the whole group is known.
+    to be `credited` when the whole group is known.
 
     Returns:
         Samples in the order of the turns, without those in which nothing was sampled; [] for a
@@ -31,21 +31,45 @@ def samples(trajectory: Trajectory) -> list[Sample]:
         >>> s.token_ids.tolist(), s.loss_mask.tolist(), s.versions.tolist()
         ([1, 2, 3], [False, False, True], [-1, -1, 4])
     """
-    return [_sample(run) for run in _runs(trajectory.turns) if any(turn.token_ids for turn in run)]
+    return [
+        _sample(first, run) for first, run in _runs(trajectory.turns) if any(turn.token_ids for turn in run)
+    ]
 
 
-def _runs(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
-    run: list[Turn] = []
-    for turn in turns:
+def shared_prefix(rows: Sequence[Sample]) -> int:
+    """How many tokens all rows begin with alike, none of them sampled: what a group computes only once.
+
+    Example:
+        >>> from stateset_ray.types import StopReason, Task
+        >>> def row(*sampled):
+        ...     turn = Turn((1, 2), sampled, (-0.5,) * len(sampled), policy_version=4)
+        ...     return samples(Trajectory("a", Task("t", 0), 0, (), (turn,), StopReason.COMPLETED))[0]
+        >>> shared_prefix([row(3, 4), row(3, 5, 6)])
+        2
+    """
+    if not rows:
+        return 0
+    length = min(int(row.loss_mask.argmax()) if row.loss_mask.any() else len(row) for row in rows)
+    first = rows[0].token_ids
+    for row in rows[1:]:
+        differs = np.flatnonzero(first[:length] != row.token_ids[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length
+
+
+def _runs(turns: Sequence[Turn]) -> Iterator[tuple[int, list[Turn]]]:
+    """Runs of turns that continue each other, each with the index of its first turn."""
+    first, run = 0, list[Turn]()
+    for index, turn in enumerate(turns):
         if turn.forked and run:
-            yield run
-            run = []
+            yield first, run
+            first, run = index, []
         run.append(turn)
     if run:
-        yield run
+        yield first, run
 
 
-def _sample(run: Sequence[Turn]) -> Sample:
+def _sample(first: int, run: Sequence[Turn]) -> Sample:
     ids = [(*turn.context_ids, *turn.token_ids) for turn in run]
     # Segments alternate: context, sampled, context, sampled, ...
     sizes = np.fromiter(
@@ -55,6 +79,9 @@ def _sample(run: Sequence[Turn]) -> Sample:
     versions = np.repeat(
         np.fromiter(chain.from_iterable((-1, turn.policy_version) for turn in run), dtype=np.int32), sizes
     )
+    indices = np.repeat(
+        np.fromiter(chain.from_iterable((-1, first + k) for k in range(len(run))), dtype=np.int32), sizes
+    )
     logprobs = np.zeros(len(mask), dtype=np.float32)
     logprobs[mask] = np.fromiter(chain.from_iterable(turn.logprobs for turn in run), dtype=np.float32)
     return Sample(
@@ -63,4 +90,5 @@ def _sample(run: Sequence[Turn]) -> Sample:
         logprobs=logprobs,
         advantages=mask.astype(np.float32),
         versions=versions,
+        turns=indices,
     )

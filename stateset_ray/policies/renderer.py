@@ -7,13 +7,14 @@ follows the reply's stop token is the suffix. A message is never rendered alone,
 system prompts to a conversation that begins.
 
 Templates that rewrite history (thinking removed from earlier replies, say) cannot be continued that
-way. The audit at construction finds them; `rewrites_history` is then True, each prompt is a full render
-and the turn is marked as a fork.
+way. The audit at construction finds them; `rewrites_history` is then True and each prompt is a full
+render. Where that does not begin with every token so far, the turn is marked as a fork.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import product
 from typing import Any
 
 from stateset_ray.errors import TemplateError
@@ -23,6 +24,10 @@ __all__ = ["Renderer"]
 
 _PROBE = (Message("system", "s"), Message("user", "u"))
 _REPLY = "r1"
+_REPLIES = (
+    ("First reply.", "Second one."),
+    ("<think>\nLet me see.\n</think>\n\nFirst reply.", "<think>\nHm.\n</think>\n\nSecond one."),
+)
 _AUDITS: tuple[tuple[Message, ...], ...] = (
     (Message("user", "Second question?"),),
     (Message("tool", "order 7: shipped"),),
@@ -41,7 +46,7 @@ class Renderer:
 
     Attributes:
         stop_ids: tokens that end a reply.
-        rewrites_history: True if the template edits earlier turns, so that later turns fork.
+        rewrites_history: True if the template edits earlier turns, so that later turns may fork.
 
     Raises:
         TemplateError: there is no chat template, or its turns cannot be told apart.
@@ -55,12 +60,17 @@ class Renderer:
                 mend="use an instruction-tuned model, or put a chat_template.jinja beside its tokenizer",
             )
         self._tokenizer = tokenizer
-        self._control = _control_tokens(tokenizer)
-        self._base = self._render((*_PROBE, Message("assistant", _REPLY)), prompt=False)
+        self._control, self._marks = _control_tokens(tokenizer)
+        self._probe = self._accepted_probe()
         self._stop = self._find_stop()
+        self._base = self._render_base()
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset({self._stop, *stop_ids} | ({eos} if eos is not None else set()))
-        self._base_end = len(self._base) - 1 - self._base[::-1].index(self._stop)
+        # A model may stop with a token that its template never writes (a plain end of text): its turn is
+        # then as open as if it had been cut.
+        named = {i: tokenizer.convert_ids_to_tokens(i) or "" for i in self.stop_ids}
+        written = str(tokenizer.chat_template)
+        self._closing = {self._stop, *(i for i, token in named.items() if token and token in written)}
         self.rewrites_history = not self._continues()
 
     def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -75,10 +85,11 @@ class Renderer:
             stopped: False if the reply was cut before its stop token, which is then closed here. The
                 closing token was not sampled, so it belongs to the context.
         """
-        dialogue = (*_PROBE, Message("assistant", _REPLY), *messages)
-        full = self._render(dialogue, prompt=True)
-        end = self._base_end + 1
-        if full[:end] != self._base[:end]:
+        full = self._render((*self._probe, Message("assistant", _REPLY), *messages), prompt=True)
+        if full[: len(self._base)] != self._base:
+            self._base = self._render_base()  # some templates write the date, and a day may have passed
+        end = len(self._base)
+        if full[:end] != self._base:
             raise TemplateError(
                 "the chat template changes an earlier reply when these messages follow it",
                 given=[message.role for message in messages],
@@ -98,16 +109,28 @@ class Renderer:
             stopped: whether the reply ended in a stop token.
 
         Returns:
-            (context ids, forked): the suffix and False, or the full new prompt and True.
+            (context ids, forked): what follows `ids` and False, or the full new prompt and True.
         """
         if self.rewrites_history:
-            return self.opening(messages), True
-        return self.suffix(messages[len(messages) - new :], stopped=stopped), False
+            full = self.opening(messages)
+            kept = full[: len(ids)] == tuple(ids)
+            return (full[len(ids) :], False) if kept else (full, True)
+        closed = stopped and ids[-1] in self._closing
+        return self.suffix(messages[len(messages) - new :], stopped=closed), False
 
     def reply(self, text: str) -> tuple[int, ...]:
-        """A scripted reply as tokens, its stop token included."""
-        ids = self._tokenizer.encode(self._clean(text), add_special_tokens=False)
-        return (*ids, self._stop)
+        """A scripted reply as tokens, as the template writes it; its stop token included."""
+        said = Message("assistant", text)
+        plain = tuple(self._tokenizer.encode(self._clean(said), add_special_tokens=False))
+        prompt = self._render(self._probe, prompt=True)
+        whole = self._render((*self._probe, said), prompt=False)
+        start = len(prompt)
+        if whole[:start] == prompt and self._stop in whole[start:]:
+            written = whole[start : whole.index(self._stop, start)]
+            # Templates may set a space before a reply, or trim it. Whatever else they do was not said.
+            if self._words(written) == self._words(plain):
+                return (*written, self._stop)
+        return (*plain, self._stop)
 
     def text(self, ids: Sequence[int]) -> str:
         """The words of a sampled reply; control tokens are left out."""
@@ -123,22 +146,24 @@ class Renderer:
         Raises:
             TemplateError: a tool's name is absent from the rendered prompt.
         """
-        text = self._tokenizer.apply_chat_template(
-            _plain(_PROBE, self._clean), tools=list(tools), tokenize=False
-        )
+        without = self._write(self._probe, prompt=False)
+        text = self._write(self._probe, prompt=False, tools=list(tools))
         for tool in tools:
             name = str(tool.get("function", tool)["name"])
-            if name not in text:
+            if text.count(name) <= without.count(name):
                 raise TemplateError(
                     "the chat template ignores tools",
                     given=name,
                     mend="describe tools in the system message: stateset_ray.environments.tools.describe",
                 )
 
-    def _render(self, messages: Sequence[Message], *, prompt: bool) -> tuple[int, ...]:
+    def _write(self, messages: Sequence[Message], *, prompt: bool, tools: Any = None) -> str:
+        plain = [{"role": m.role, "content": self._clean(m)} for m in messages]
         try:
-            text = self._tokenizer.apply_chat_template(
-                _plain(messages, self._clean), tokenize=False, add_generation_prompt=prompt
+            return str(
+                self._tokenizer.apply_chat_template(
+                    plain, tools=tools, tokenize=False, add_generation_prompt=prompt
+                )
             )
         except Exception as error:  # templates raise whatever their author chose
             raise TemplateError(
@@ -146,59 +171,89 @@ class Renderer:
                 given=[message.role for message in messages],
                 mend="many templates want user and assistant to alternate, or know no tool role",
             ) from error
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool) -> tuple[int, ...]:
+        text = self._write(messages, prompt=prompt)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _clean(self, text: str) -> str:
+    def _render_base(self) -> tuple[int, ...]:
+        """The fixed conversation that suffixes are measured against, up to its reply's stop token."""
+        base = self._render((*self._probe, Message("assistant", _REPLY)), prompt=False)
+        return base[: len(base) - base[::-1].index(self._stop)]
+
+    def _accepted_probe(self) -> tuple[Message, ...]:
+        try:
+            self._render(_PROBE, prompt=True)
+        except TemplateError:  # some templates know no system role
+            return _PROBE[1:]
+        return _PROBE
+
+    def _clean(self, message: Message) -> str:
         """Break control tokens in text, so that no user or tool can end a turn or forge one."""
-        for token in self._control:
+        text = message.content
+        for token in self._marks if message.role in ("user", "tool") else self._control:
             if token in text:
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
+    def _words(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids))).strip()
+
     def _find_stop(self) -> int:
         """The token that the template puts right after a reply."""
-        reply = self._tokenizer.encode(_REPLY, add_special_tokens=False)
+        base = self._render((*self._probe, Message("assistant", _REPLY)), prompt=False)
+        last = self._tokenizer.encode(_REPLY, add_special_tokens=False)[-1]
         special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
-        after = (
-            self._base[len(self._base) - self._base[::-1].index(reply[-1]) :]
-            if reply[-1] in self._base
-            else ()
-        )
-        for token in after:
+        for token in base[len(base) - base[::-1].index(last) :] if last in base else ():
             if token in special:
                 return int(token)
         raise TemplateError(
             "the chat template does not end a reply with a control token",
-            given=self._tokenizer.decode(list(self._base)),
+            given=self._tokenizer.decode(list(base)),
             mend="use an instruction-tuned model whose template closes every turn",
         )
 
     def _continues(self) -> bool:
         """Whether building turn by turn equals one full render, on dialogues that try it hard."""
-        for new in _AUDITS:
-            dialogue = [*_PROBE, Message("assistant", "First reply."), *new]
+        openings = (self._probe, self._probe[-1:])
+        for opening, (first, second), new in product(openings, _REPLIES, _AUDITS):
+            dialogue = [*opening, Message("assistant", first), *new]
+            more = [Message("assistant", second), Message("user", "And?")]
             try:
-                ids = [*self.opening(_PROBE), *self.reply("First reply.")]
-                ids += self.suffix(new)
-                if tuple(ids) != self._render(dialogue, prompt=True):
-                    return False
-                ids += [*self.reply("Second one."), *self.suffix((Message("user", "And?"),))]
+                once, twice = (self._render(d, prompt=True) for d in (dialogue, dialogue + more))
             except TemplateError:
-                # Some templates know no tool role; environments that use it fail with that message.
-                if any(message.role == "tool" for message in new):
-                    continue
+                # Refused, for instance because there is no tool role: environments that need it fail
+                # with that message.
+                continue
+            try:
+                ids = (*self.opening(opening), *self.reply(first), *self.suffix(new))
+                again = (*ids, *self.reply(second), *self.suffix(more[1:]))
+            except TemplateError:
                 return False
-            dialogue += [Message("assistant", "Second one."), Message("user", "And?")]
-            if tuple(ids) != self._render(dialogue, prompt=True):
+            if (ids, again) != (once, twice):
                 return False
         return True
 
 
-def _plain(messages: Sequence[Message], clean: Any) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": clean(m.content)} for m in messages]
+def _control_tokens(tokenizer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What nobody may write, and what users and tools may not; longest first.
+
+    Some families (Qwen3, DeepSeek) do not call all tokens special with which their templates mark
+    thinking, tool results and even turns. Policies and instructions may write those.
+    """
+    added = [t for t in tokenizer.added_tokens_decoder.values() if len(t.content) > 1]
+    control = {t.content for t in added if t.special}
+    control |= {t for t in tokenizer.all_special_tokens if len(t) > 1}
+    template = str(tokenizer.chat_template)
+    marks = control | {t.content for t in added if any(form in template for form in _pair(t.content))}
+    return tuple(sorted(control, key=len, reverse=True)), tuple(sorted(marks, key=len, reverse=True))
 
 
-def _control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    tokens = {t for t in (*tokenizer.all_special_tokens, *added) if len(t) > 1}
-    return tuple(sorted(tokens, key=len, reverse=True))
+def _pair(token: str) -> tuple[str, ...]:
+    """A bracketed token and its opposite (`<think>`, `</think>`), since a template may name one only.
+
+    () for words and spaces, which some tokenizers have among their added tokens.
+    """
+    if token[0].isalnum() or token[-1].isalnum() or not any(map(str.isalnum, token)):
+        return ()
+    return token, token.replace("</", "<", 1) if "</" in token else token.replace("<", "</", 1)

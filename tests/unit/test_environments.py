@@ -19,8 +19,9 @@ from stateset_ray.types import Message, Split, Step, Task
 
 CUSTOMER_SERVICE = "stateset_ray.environments.customer_service:CustomerService"
 ECHO = "stateset_ray.environments.echo:Echo"
-VARIANTS = [(ECHO, {}), *((CUSTOMER_SERVICE, {"difficulty": d}) for d in (1, 2, 3))]
-IDS = ["echo", "service-1", "service-2", "service-3"]
+BLAME = "stateset_ray.environments.blame:Blame"
+VARIANTS = [(ECHO, {}), (BLAME, {}), *((CUSTOMER_SERVICE, {"difficulty": d}) for d in (1, 2, 3))]
+IDS = ["echo", "blame", "service-1", "service-2", "service-3"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 Reply = Callable[[Environment, list[Message], int], str]
@@ -208,6 +209,55 @@ def test_echo_tells_random_replies_apart() -> None:
 def test_echo_refuses_options_that_cannot_be_played(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         build_environment(ECHO, options)
+
+
+# Blame
+
+
+def test_blame_pays_luck_for_the_guess_and_skill_for_what_comes_after() -> None:
+    def only(right: int) -> Reply:
+        """The expert on the guess, then right `right` times and wrong ever after."""
+        return lambda env, log, turn: (
+            env.expert() if turn <= right else "a" if log[-1].content == "accent" else "\N{SNOWMAN}"
+        )
+
+    for right, earned in ((0, [0.5] + [-0.125] * 4), (3, [0.5] + [0.125] * 3 + [-0.125])):
+        [(_, steps)] = play(BLAME, {}, [("train", 0)], only(right))
+        assert [step.reward for step in steps] == earned
+        assert steps[-1].info == {"right": right, "solved": False}
+
+
+def test_blame_tosses_a_fair_coin_that_hangs_on_the_whole_guess_and_on_the_task() -> None:
+    def luck(guess: str, split: Split = "train") -> list[bool]:
+        played = play(BLAME, {}, tasks(1000, (split,)), constant(guess), limit=1)
+        return [steps[0].reward > 0 for _, steps in played]
+
+    guesses = ["", "0", "1", "01", "1 ", "heads", "\N{SNOWMAN}", "x" * 99]
+    tossed = [luck(guess) for guess in guesses]
+    for i, first in enumerate(tossed):
+        assert abs(sum(first) - 500) < 64  # four standard deviations
+        assert luck(guesses[i]) == first
+        for second in tossed[:i]:
+            assert abs(sum(a == b for a, b in zip(first, second, strict=True)) - 500) < 64
+    assert luck("0") != luck("0", "heldout")
+
+
+@pytest.mark.parametrize("junk", ["", "a", "accent", "plain", "\N{SNOWMAN}", "guess", "\N{SNOWMAN}a", " "])
+def test_blame_gives_nothing_for_the_skill_of_who_does_not_listen(junk: str) -> None:
+    for _, steps in play(BLAME, {}, tasks(40), constant(junk)):
+        assert total(steps[1:]) <= 0
+
+
+def test_blame_gives_nothing_for_replies_at_random() -> None:
+    rng = random.Random(0)
+    said = play(BLAME, {}, tasks(1000), lambda env, log, turn: chr(rng.randrange(256)))
+    assert abs(sum(total(steps) for _, steps in said) / len(said)) < 4 * 0.56 / len(said) ** 0.5
+
+
+@pytest.mark.parametrize("options", [{"luck": 1.0}, {"luck": -0.1}, {"asks": 0}, {"asks": 3}])
+def test_blame_refuses_options_that_cannot_be_played(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        build_environment(BLAME, options)
 
 
 # Options of customer service

@@ -108,7 +108,7 @@ def test_lengths_that_disagree_are_refused():
     with pytest.raises(ValueError, match="one log-probability per sampled token"):
         Turn((1,), (2, 3), (0.0,), 0)
     with pytest.raises(ValueError, match="one length"):
-        Sample(np.zeros(2), np.zeros(2, bool), np.zeros(1), np.zeros(2), np.zeros(2))
+        Sample(np.zeros(2), np.zeros(2, bool), np.zeros(1), np.zeros(2), np.zeros(2), np.zeros(2))
 
 
 def test_records_are_frozen():
