@@ -5,17 +5,17 @@ Everything is checked here, before anything heavy loads. Every default is a valu
 
 from __future__ import annotations
 
-import difflib
-import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stateset_ray.errors import ConfigError
+from stateset_ray.objective import ObjectiveConfig, beside_preset, check_sampling
+from stateset_ray.settings import apply_override, validated
 
 __all__ = [
     "ClusterConfig",
@@ -23,6 +23,7 @@ __all__ = [
     "EnvironmentConfig",
     "EvaluateConfig",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "RolloutConfig",
@@ -92,25 +93,33 @@ class RolloutConfig(_Section):
     retries: int = Field(default=2, ge=0)
     """How often a group is dispatched again after its worker died or its policy failed."""
 
+    _sampling = model_validator(mode="before")(check_sampling)
 
-class ObjectiveConfig(_Section):
-    """The objective. Formulas and sources: `stateset_ray.grpo`."""
 
-    group_size: int = Field(default=8, ge=2)
-    advantage: Literal["mean", "mean_std"] = "mean"
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.28, gt=0)
-    kl_coef: float = Field(default=0.0, ge=0)
-    """Weight of the k3 KL to the frozen starting model; 0 needs no second model."""
-    shuffle_rewards: bool = False
-    """Control experiment: permute the rewards inside each group. Nothing may be learned then."""
+class LoraConfig(_Section):
+    """Low-rank adapters (PEFT, extra `lora`): only they are trained; what is published is merged."""
+
+    rank: int = Field(default=0, ge=0)
+    """0: no adapters, the whole model is trained."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapters' output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear modules that get one; empty: all but the output layer."""
 
 
 class LearnerConfig(_Section):
     """The DeepSpeed learner: ranks, partitioning, optimizer."""
 
     ranks: int = Field(default=1, ge=1)
-    zero_stage: Literal[1, 2, 3] = 1
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """DeepSpeed ZeRO, or plain PyTorch: every rank whole, gradients summed; the oracle of the tests."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is divided among the ranks: nothing, optimizer states, gradients too, weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in main memory instead of on the GPU: optimizer states, with stage 3 weights too."""
+    lora: LoraConfig = LoraConfig()
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by name or pattern: `model.layers.[0-9].*`."""
     learning_rate: float = Field(default=1e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -119,7 +128,13 @@ class LearnerConfig(_Section):
     warmup_steps: int = Field(default=0, ge=0)
     micro_batch_tokens: int = Field(default=2048, ge=2)
     """Tokens of one forward pass: what bounds the learner's memory."""
+    logit_chunk: int = Field(default=256, ge=1)
+    """Sampled tokens whose logits exist at one time."""
+    share_prefix: bool = True
+    """Compute what the conversations of a group begin with once per group and micro-batch."""
     gradient_checkpointing: bool = False
+    restarts: int = Field(default=2, ge=0)
+    """How often in a run the ranks are built anew after one died."""
     timeout: float = Field(default=1800.0, gt=0)
     """Seconds for one update, export or save."""
 
@@ -145,6 +160,8 @@ class TrainConfig(_Section):
 
     steps: int = Field(default=10, ge=1)
     tasks_per_step: int = Field(default=4, ge=1)
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer steps that a step's groups are dealt to; beyond the first, they learn off-policy."""
     warm_start: WarmStartConfig = WarmStartConfig()
     checkpoint_every: int = Field(default=10, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -198,6 +215,17 @@ class Config(_Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         rollout, learner = self.rollout, self.learner
+        _check_learner(learner, self.model)
+        if learner.lora.rank and self.grpo.reference_every:
+            raise ValueError(
+                "grpo.reference_every cannot move the reference under learner.lora, where it is the model "
+                "below the adapters: set one of them to 0"
+            )
+        if self.train.updates_per_step > self.train.tasks_per_step:
+            raise ValueError(
+                f"train.updates_per_step = {self.train.updates_per_step} needs at least as many groups: "
+                f"train.tasks_per_step is {self.train.tasks_per_step}"
+            )
         trajectories = self.train.tasks_per_step * self.grpo.group_size
         if trajectories % learner.ranks:
             raise ValueError(
@@ -236,10 +264,40 @@ class Config(_Section):
         Raises:
             ConfigError: a setting is malformed, unknown or out of range.
         """
-        tree = self.model_dump(mode="json")
-        for setting in overrides:
-            _apply_override(tree, setting)
-        return _validate(tree, "--set")
+        return validated(Config, _overridden(self.model_dump(mode="json"), overrides), "--set")
+
+
+def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    settings = list(overrides)
+    if any(setting.partition("=")[0].strip() == "grpo.preset" for setting in settings):
+        tree = tree | {"grpo": beside_preset(tree.get("grpo", {}))}
+    for setting in settings:
+        apply_override(tree, setting)
+    return tree
+
+
+def _check_learner(learner: LearnerConfig, model: ModelConfig) -> None:
+    """Refuse what the learner's engines cannot do together."""
+    zero, offload = learner.zero_stage, learner.offload
+    for wrong, problem in (
+        (
+            zero == 0 and model.dtype == "bfloat16" and learner.engine == "deepspeed",
+            "learner.zero_stage = 0 with model.dtype = 'bfloat16' takes a wrong first step in DeepSpeed: "
+            "set zero_stage = 1, also with one rank",
+        ),
+        (
+            offload != "none" and learner.engine == "torch",
+            f"learner.offload = {offload!r} needs learner.engine = 'deepspeed'",
+        ),
+        (offload == "optimizer" and zero == 0, "learner.offload = 'optimizer' needs learner.zero_stage >= 1"),
+        (offload == "all" and zero != 3, f"learner.offload = 'all' needs zero_stage = 3, not {zero}"),
+        (
+            learner.lora.rank > 0 and bool(learner.freeze),
+            "learner.freeze beside learner.lora: with adapters everything else is frozen already",
+        ),
+    ):
+        if wrong:
+            raise ValueError(problem)
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -263,73 +321,4 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             raise ConfigError(
                 f"the configuration file is not valid TOML: {error}", given=str(path)
             ) from error
-    for setting in overrides:
-        _apply_override(tree, setting)
-    return _validate(tree, str(path) if path else "--set")
-
-
-def _apply_override(tree: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
-    path = key.strip().split(".")
-    if not equals or len(path) < 2 or not all(path):
-        raise ConfigError(
-            "an override must look like section.key=value",
-            given=setting,
-            mend="for example --set train.steps=5",
-        )
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set model.name=tiny
-    node = tree
-    for part in path[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{part!r} in this override is a value, not a section", given=setting)
-    node[path[-1]] = value
-
-
-def _validate(tree: Mapping[str, Any], source: str) -> Config:
-    for key, value in _leaves(tree):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key} must be a finite number", given=value)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = [_explain(cast(Mapping[str, Any], detail)) for detail in error.errors()]
-        raise ConfigError(
-            f"the configuration ({source}) is wrong:\n" + "\n".join(f"  - {p}" for p in problems)
-        ) from error
-
-
-def _explain(detail: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        section, _, leaf = key.rpartition(".")
-        known = list(_known_keys(Config))
-        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-        leaves = {name.rpartition(".")[2]: name for name in known}
-        near = [siblings[m] for m in difflib.get_close_matches(leaf, siblings, n=1)] or [
-            leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1)
-        ]
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {key!r}{hint}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if not key:  # a check across fields names its own keys
-        return message
-    return f"{key}: {message} (given: {detail['input']!r})"
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        yield prefix + name
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _known_keys(info.annotation, f"{prefix}{name}.")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    return validated(Config, _overridden(tree, overrides), str(path) if path else "--set")

@@ -1,11 +1,11 @@
 """The objective, as pure functions over the sampled tokens of a micro-batch.
 
-Letters: N sampled (masked) tokens of one micro-batch, end to end; V vocabulary. Every loss is a sum over
-its tokens divided by `denominator`, the count of masked tokens of the WHOLE optimizer step over all ranks
-(`learner.batch` says which tokens count): so the gradient is the same however the step is cut into
-micro-batches and ranks, and a token weighs the same in a long conversation as in a short one.
+Letters: N sampled (masked) tokens of one micro-batch, end to end; V vocabulary; S samples. Every loss is a
+weighted sum over its tokens divided by `denominator`, which belongs to the WHOLE optimizer step over all
+ranks: so the gradient is the same however the step is cut into micro-batches and ranks. With weights of 1
+and the count of masked tokens it is the token mean; `actors.credit` has the other aggregations.
 
-Other objectives are other functions `(logprobs_N, sampler_logprobs_N, advantages_N, ...) -> LossTerms`.
+What a token's loss is depends on the method: `grpo.surrogate`. Corrections, KL: `grpo.divergence`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-__all__ = ["MAXIMA", "SUMS", "LossTerms", "k3", "policy_loss", "supervised_loss", "token_logprobs"]
+from stateset_ray.grpo.divergence import correction_weights, kl_estimate
+from stateset_ray.grpo.surrogate import surrogate
+from stateset_ray.objective import ObjectiveConfig
+
+__all__ = ["MAXIMA", "SUMS", "LossTerms", "Tokens", "policy_loss", "supervised_loss", "token_logprobs"]
 
 SUMS = (
     "loss",
@@ -25,12 +29,45 @@ SUMS = (
     "clipped_high",
     "mismatch_k1",
     "mismatch_k3",
+    "correction",
+    "correction_squared",
+    "corrected",
     "kl_reference",
+    "entropy",
 )
 """Diagnostics that add up over micro-batches and ranks; all but `loss` are then divided by `tokens`."""
 
-MAXIMA = ("ratio",)
+MAXIMA = ("ratio", "inverse_ratio")
 """Diagnostics of which the largest over micro-batches and ranks is kept."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of the sampled tokens of a micro-batch.
+
+    Attributes:
+        logprobs: [N] under the policy being trained, with gradient.
+        sampler_logprobs: [N] captured at sampling time, at the same temperature.
+        advantages: [N] credit per token.
+        weights: [N] of each token in the loss.
+        rows: int64 [N] the sample of each token, in [0, samples).
+        samples: S.
+        proximal_logprobs: [N] under the policy as the step began; None where that is the policy being
+            trained, as in the first (or only) optimizer step on a batch.
+        reference_logprobs: [N] under the frozen reference, if there is one.
+        entropies: [N] of the distribution that each token was drawn from, in nats; with gradient if the
+            objective has an entropy bonus.
+    """
+
+    logprobs: torch.Tensor
+    sampler_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    rows: torch.Tensor
+    samples: int
+    proximal_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,84 +111,67 @@ def token_logprobs(logits_NV: torch.Tensor, ids_N: torch.Tensor, temperature: fl
 
 
 def policy_loss(
-    logprobs_N: torch.Tensor,
-    sampler_logprobs_N: torch.Tensor,
-    advantages_N: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    denominator: float,
-    reference_logprobs_N: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
+    tokens: Tokens, objective: ObjectiveConfig, *, denominator: float, kl_coef: float | None = None
 ) -> LossTerms:
-    """The clipped policy gradient of one micro-batch.
+    """The policy gradient of one micro-batch, composed as the objective says.
 
-    `-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)` with `r = exp(l - s)`: PPO (Schulman et al. 2017,
-    arXiv:1707.06347) with the higher upper bound and the token-level sum of DAPO (Yu et al. 2025,
-    arXiv:2503.14476). The ratio is taken against the log-probabilities `s` captured when the tokens were
-    sampled, so that staleness and sampler/trainer mismatch are corrected by the same clip, and no second
-    forward pass is needed. Where l = s the gradient is REINFORCE's.
+    `sum(w_t c_t surrogate_t + kl_coef kl_t - entropy_coef H_t) / denominator` with the token's weight on all
+    three: `surrogate` is `grpo.surrogate`, `c` the off-policy correction, the KL stands here only with
+    `kl_in = "loss"` and is not multiplied by the ratio (TRL does so by default, which changes the gradient
+    even at r = 1).
 
-    With a reference, `kl_coef * k3` is added per token, not multiplied by the ratio (TRL does so by
-    default, which changes the gradient even at r = 1).
+    The ratio is taken against what was captured when the tokens were sampled (`trust = "sampler"`), so that
+    staleness and the difference between sampler and trainer are corrected by the same clip and no second
+    forward pass is needed; or against the policy as the step began (`"proximal"`), with the correction
+    beside it: decoupled PPO (Hilton et al. 2022, arXiv:2110.00641; Fu et al. 2025, arXiv:2505.24298).
+    On tokens of the current policy, all of them have the gradient of REINFORCE.
 
     Args:
-        logprobs_N: [N] under the policy being trained, with gradient.
-        sampler_logprobs_N: [N] captured at sampling time, at the same temperature.
-        advantages_N: [N] credit per token.
-        clip_low: in (0, 1); `clip_high` above 0.
-        denominator: masked tokens of the whole step.
-        reference_logprobs_N: [N] under the frozen reference, if any.
-        kl_coef: weight of the KL term.
+        denominator: of the whole step.
+        kl_coef: weight of the KL, instead of `objective.kl_coef`, where it is steered.
     """
-    log_ratio_N = logprobs_N - sampler_logprobs_N
-    ratio_N = log_ratio_N.exp()
-    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
-    per_token_N = -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-    kl_N = None
-    if reference_logprobs_N is not None:
-        kl_N = k3(logprobs_N, reference_logprobs_N)
-        per_token_N = per_token_N + kl_coef * kl_N
-    loss = per_token_N.sum() / denominator
+    current = tokens.logprobs.detach()
+    proximal = current if tokens.proximal_logprobs is None else tokens.proximal_logprobs
+    around = tokens.sampler_logprobs if objective.trust == "sampler" else proximal
+    cut = surrogate(tokens.logprobs, around, tokens.advantages, tokens.rows, tokens.samples, objective)
+    weights = correction_weights(proximal, tokens.sampler_logprobs, tokens.rows, tokens.samples, objective)
+    per_token = cut.losses if objective.correction == "none" else cut.losses * weights
+    sums: dict[str, torch.Tensor] = {}
+    if tokens.reference_logprobs is not None:
+        kl = kl_estimate(tokens.logprobs, tokens.reference_logprobs, objective.kl_estimator)
+        if objective.kl_in == "loss":
+            per_token = per_token + (objective.kl_coef if kl_coef is None else kl_coef) * kl
+        sums["kl_reference"] = _sum(kl)
+    if tokens.entropies is not None:
+        if objective.entropy_coef:
+            per_token = per_token - objective.entropy_coef * tokens.entropies
+        sums["entropy"] = _sum(tokens.entropies)
+    loss = (per_token * tokens.weights).sum() / denominator
     with torch.no_grad():
-        return LossTerms(
-            loss,
-            {
-                "loss": loss.detach().double(),
-                "tokens": _count(logprobs_N),
-                "ratio": _sum(ratio_N),
-                # The clip matters only where it removed the gradient, which the sign of A decides.
-                "clipped_low": _sum((ratio_N < 1 - clip_low) & (advantages_N < 0)),
-                "clipped_high": _sum((ratio_N > 1 + clip_high) & (advantages_N > 0)),
-                # KL(sampler || trainer) from the sampler's own tokens: k1 is s - l, k3 is r - 1 - log r.
-                "mismatch_k1": _sum(-log_ratio_N),
-                "mismatch_k3": _sum(ratio_N - 1 - log_ratio_N),
-                **({} if kl_N is None else {"kl_reference": _sum(kl_N)}),
-            },
-            {"ratio": ratio_N.detach().max().double()} if ratio_N.numel() else {},
-        )
+        # KL(sampler || trainer) from the sampler's own tokens: k1 is s - o, k3 is w - 1 - log w.
+        log_mismatch = proximal - tokens.sampler_logprobs
+        sums |= {
+            "loss": loss.detach().double(),
+            "tokens": _count(current),
+            "ratio": _sum(cut.ratios),
+            "clipped_low": _sum(cut.cut_low),
+            "clipped_high": _sum(cut.cut_high),
+            "mismatch_k1": _sum(-log_mismatch),
+            "mismatch_k3": _sum(log_mismatch.exp() - 1 - log_mismatch),
+        }
+        if objective.correction != "none":
+            sums["correction"] = _sum(weights)
+            sums["correction_squared"] = _sum(weights.square())
+            sums["corrected"] = _sum((weights == 0) | (weights == objective.correction_high))
+        ratios = cut.ratios.detach()
+        maxima = {"ratio": ratios, "inverse_ratio": 1 / ratios} if ratios.numel() else {}
+    return LossTerms(loss, sums, {name: values.max().double() for name, values in maxima.items()})
 
 
-def supervised_loss(logprobs_N: torch.Tensor, *, denominator: float) -> LossTerms:
-    """Minus the log-likelihood of the masked tokens, `-sum(l) / denominator`: the warm start."""
-    loss = -logprobs_N.sum() / denominator
+def supervised_loss(logprobs_N: torch.Tensor, weights_N: torch.Tensor, *, denominator: float) -> LossTerms:
+    """Minus the log-likelihood of the masked tokens, `-sum(w l) / denominator`: the warm start."""
+    loss = -(logprobs_N * weights_N).sum() / denominator
     return LossTerms(loss, {"loss": loss.detach().double(), "tokens": _count(logprobs_N)}, {})
-
-
-def k3(logprobs_N: torch.Tensor, reference_logprobs_N: torch.Tensor) -> torch.Tensor:
-    """Per-token estimate `exp(-x) + x - 1`, `x = l - ref`, of KL(policy || reference).
-
-    Never negative, unbiased as a value (Schulman 2020, "Approximating KL Divergence"). As a loss on
-    on-policy tokens its gradient is that of KL(reference || policy).
-
-    Args:
-        logprobs_N: [N] under the policy; `reference_logprobs_N` [N] under the frozen reference.
-
-    Returns:
-        [N] nats.
-    """
-    x_N = logprobs_N - reference_logprobs_N
-    return torch.exp(-x_N) + x_N - 1
 
 
 def _sum(values_N: torch.Tensor) -> torch.Tensor:

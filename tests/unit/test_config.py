@@ -26,7 +26,7 @@ def test_a_config_survives_its_own_toml(tmp_path):
         ("training.steps=4", "unknown key 'training'; did you mean 'train'?"),
         ("rollout.group_size=4", "did you mean 'grpo.group_size'?"),
         ("grpo.group_size=1", "grpo.group_size: Input should be greater than or equal to 2 (given: 1)"),
-        ("learner.zero_stage=0", "learner.zero_stage"),
+        ("learner.zero_stage=4", "learner.zero_stage"),
         ("learner.learning_rate=nan", "learner.learning_rate must be a finite number"),
         ("learner.ranks=3", "cannot be divided among learner.ranks = 3"),
         ("rollout.max_turn_tokens=600", "leaves no room for a prompt"),
