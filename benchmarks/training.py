@@ -47,7 +47,8 @@ from benchmarks.conversations import TURNS, Script, limits, scripts
 from stateset_ray.actors.placement import cluster
 from stateset_ray.config import Config, ModelConfig, load_config
 from stateset_ray.grpo.samples import samples as to_samples
-from stateset_ray.learner.batch import plan
+from stateset_ray.grpo.samples import shared_prefix
+from stateset_ray.learner.batch import Item, MiniBatch, plan
 from stateset_ray.learner.learner import Learner
 from stateset_ray.metrics import versions
 from stateset_ray.models import Hardware, choose_hardware, load_model, load_tokenizer
@@ -199,7 +200,10 @@ def _rollout(
 def _rows(trajectories: Sequence[Trajectory], seed: int) -> list[Sample]:
     """The rows of the conversations, with an advantage that is not 0."""
     rng = np.random.default_rng(seed)
-    return [row.scaled(float(rng.choice((-1, 1)))) for t in trajectories for row in to_samples(t)]
+    credits = [[float(rng.choice((-1, 1)))] * len(t.turns) for t in trajectories]
+    return [
+        row.credited(credit) for t, credit in zip(trajectories, credits, strict=True) for row in to_samples(t)
+    ]
 
 
 def _masked(rows: Sequence[Sample]) -> int:
@@ -222,8 +226,11 @@ def _learner(
         other.update(part, masked)
 
     def step_ours(part: list[Sample] = rows) -> None:
-        indices = plan([len(row) for row in part], 1, config.learner.micro_batch_tokens)[0]
-        learner.update([[part[i] for i in one] for one in indices], masked, 0)
+        # All conversations begin alike here: what they share is computed once in each micro-batch.
+        prefix = shared_prefix(part)
+        [planned] = plan([Item(len(row), 0, prefix) for row in part], 1, config.learner.micro_batch_tokens)
+        micro_batches = [[part[i] for i in one] for one in planned]
+        learner.update([MiniBatch(micro_batches, [[0] * len(one) for one in micro_batches], masked)], 0)
 
     step_plain(rows[:2])
     step_ours(rows[:2])

@@ -292,13 +292,15 @@ def _check_environment(config: Config) -> Any:
 def _dry_run(config: Config) -> None:
     """Print the resolved configuration, and as comments what it would take: all of it is valid TOML."""
     _check_environment(config)
-    from stateset_ray.models import check_fits
+    from stateset_ray.models import check_fits, check_reference
 
     check_fits(config)
+    check_reference(config)
     from stateset_ray.actors.memory import expected_memory
     from stateset_ray.actors.placement import describe
 
     typer.echo(config.to_toml())
+    _comment(f"objective  {config.grpo.summary()}")
     room = describe(config)
     _comment("what Ray would be asked for")
     for key in ("address", "strategy", "rollout_workers", "learner_ranks", "total"):

@@ -15,6 +15,7 @@ __all__ = [
     "EnvironmentFault",
     "InfrastructureFault",
     "LearnerError",
+    "LearnerLost",
     "ModelError",
     "RewardFault",
     "RolloutFault",
@@ -79,6 +80,10 @@ class ClusterError(StatesetError):
 
 class LearnerError(StatesetError):
     """The learner is broken (dead rank, non-finite loss): the run stops."""
+
+
+class LearnerLost(LearnerError):
+    """A learner rank died: all ranks are built anew and continue from the last checkpoint."""
 
 
 class RunError(StatesetError):

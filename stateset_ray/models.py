@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +24,11 @@ from stateset_ray.offline_models import built
 
 __all__ = [
     "ATTENTION",
-    "CausalRows",
     "Hardware",
     "Rows",
+    "TreeRows",
     "check_fits",
+    "check_reference",
     "choose_hardware",
     "config_only",
     "count_parameters",
@@ -60,28 +62,51 @@ class Rows(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class CausalRows:
-    """Rows without a cache: `lengths` conversations end to end, each attending causally to itself.
+class TreeRows:
+    """Rows without a cache: stretches of tokens end to end, each attending causally to itself and to all
+    of its parent.
+
+    Children of one parent share its keys and values, so that what several conversations begin with is
+    computed once, forward and backward. The result is that of separate rows.
+
+    Args:
+        segments: (length, parent) of each stretch; the parent is the index of an earlier stretch without a
+            parent of its own, or -1.
+        device: where the model computes.
 
     Example:
         >>> q = torch.randn(1, 4, 5, 8); kv = torch.randn(1, 2, 5, 8)
-        >>> CausalRows((3, 2)).attend(0, q, kv, kv, 1.0).shape
+        >>> TreeRows(((2, -1), (1, 0), (2, 0))).attend(0, q, kv, kv, 1.0).shape
         torch.Size([1, 5, 4, 8])
     """
 
-    lengths: tuple[int, ...]
+    def __init__(self, segments: Sequence[tuple[int, int]], device: str = "cpu") -> None:
+        self._lengths = [length for length, _ in segments]
+        self._parents = [parent for _, parent in segments]
+        shapes = {(length, self._lengths[parent]) for length, parent in segments if parent >= 0 and length}
+        # Aligned to the lower right: the last query sees every key. One mask per shape, for all layers.
+        self._masks = {
+            (own, above): torch.ones(own, above + own, dtype=torch.bool, device=device).tril_(above)
+            for own, above in shapes
+        }
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """See `Rows.attend`."""
-        parts = [t.split(self.lengths, dim=2) for t in (query, key, value)]
+        queries, keys, values = (t.split(self._lengths, dim=2) for t in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
-        rows = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-            for q, k, v in zip(*parts, strict=True)
-        ]
+        rows = []
+        for q, k, v, parent in zip(queries, keys, values, self._parents, strict=True):
+            mask = None
+            if parent >= 0:
+                mask = self._masks[q.shape[2], self._lengths[parent]]
+                k, v = torch.cat((keys[parent], k), dim=2), torch.cat((values[parent], v), dim=2)
+            rows.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                )
+            )
         return torch.cat(rows, dim=2).transpose(1, 2)
 
 
@@ -219,6 +244,27 @@ def check_fits(config: Config) -> None:
             f"only decoders with full attention can be driven; this one has {sorted(kinds) or 'an encoder'}",
             given=config.model.name,
             mend="choose a Llama, Qwen, Mistral or SmolLM style model",
+        )
+
+
+def check_reference(config: Config) -> None:
+    """Check that the reference of the KL reads the same tokens as the policy; loads no weights.
+
+    Raises:
+        ModelError: it is missing, or has another vocabulary.
+    """
+    name = config.grpo.reference
+    if not name:
+        return
+    ours, theirs = load_tokenizer(config.model.name).get_vocab(), load_tokenizer(name).get_vocab()
+    sizes = config_only(config.model.name).vocab_size, config_only(name).vocab_size
+    if ours != theirs or sizes[0] != sizes[1]:
+        differ = len(ours.items() ^ theirs.items())
+        raise ModelError(
+            f"the reference model has another vocabulary than the policy: {differ} entries differ, "
+            f"{sizes[1]} logits against {sizes[0]}",
+            given=name,
+            mend="choose a grpo.reference of the same family as model.name, or leave it empty",
         )
 
 

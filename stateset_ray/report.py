@@ -24,6 +24,7 @@ _STRANGE = "\N{MIDDLE DOT}"  # stands for what cannot be shown, bytes that are n
 _LONGEST = 600  # characters of one message that are shown
 _SIDE_BY_SIDE = 100  # columns from which two conversations stand beside each other
 _WARM_EVERY = 10  # a long warm start gets a line every so many steps
+_WARN_EVERY = 10  # the same warning is repeated every so many steps
 _SMOOTH = 5  # steps over which the time left is estimated
 _STAGES = {
     "untrained": "untrained", "before": "before GRPO", "after": "after GRPO",
@@ -84,6 +85,7 @@ class Progress:
         self._folder = ""
         self._warm: Text | None = None
         self._seconds: list[float] = []
+        self._warned: dict[str, int] = {}
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
@@ -121,6 +123,8 @@ class Progress:
     def _on_opened(self, event: Mapping[str, Any]) -> None:
         self._folder = str(event["folder"])
         self._say(("run  ", "bold"), clean(self._folder), ("   model  ", "bold"), clean(str(event["model"])))
+        if "objective" in event:
+            self._say(("objective  ", "bold"), str(event["objective"]))
         self._now("starting: Ray, rollout workers, learners, first evaluation")
 
     def _on_resumed(self, event: Mapping[str, Any]) -> None:
@@ -168,6 +172,23 @@ class Progress:
         for error in event["errors"][:1]:
             self._say(("  ", ""), (clean(str(error).partition("\n")[0], 200), "red"))
         self._now(f"step {event['step'] + 2}/{event['steps']}" if left else "saving")
+
+    def _on_warning(self, event: Mapping[str, Any]) -> None:
+        seen = self._warned.get(event["name"], 0)
+        self._warned[event["name"]] = seen + 1
+        if seen % _WARN_EVERY:
+            return
+        again = f" (seen in {seen + 1} steps)" if seen else ""
+        self._say(("warning ", "bold yellow"), (f"{event['name']}: {clean(event['text'])}{again}", "yellow"))
+        self._say(f"  to mend: {event['mend']}")
+
+    def _on_learner_lost(self, event: Mapping[str, Any]) -> None:
+        problem = clean(str(event["error"]).partition("\n")[0], 200)
+        self._say((f"in step {event['step'] + 1}: {problem}", "red"))
+        self._now("building the learner ranks anew")
+
+    def _on_learner_rebuilt(self, event: Mapping[str, Any]) -> None:
+        self._say(f"learner ranks are back after {event['seconds']:.1f} s, at step {event['step']}")
 
     def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
         self._say(f"checkpoint {event['path']}  ({event['seconds']:.1f} s)")

@@ -3,7 +3,8 @@
     environments -> rollout -> grpo -> learner -> weights -> (back to rollout)
 
 Each step plays every task `group_size` times on the rollout workers, compares the conversations of a
-task with each other, takes one optimizer step on every learner rank, and publishes the new weights.
+task with each other, takes an optimizer step on every learner rank, and publishes the new weights. If a
+rank dies, all ranks are built anew and the loop goes on from the last checkpoint.
 Who waits for whom: everything here is in turn. The controller waits for the workers, then for the
 learners; the same loop with rollouts running ahead would be a second file.
 """
@@ -18,7 +19,7 @@ from typing import Any
 from stateset_ray.actors.credit import policy_batch, supervised_batch
 from stateset_ray.actors.run import OnEvent, Run, open_run
 from stateset_ray.config import Config
-from stateset_ray.errors import RunError
+from stateset_ray.errors import LearnerLost, RunError
 
 __all__ = ["train", "train_step"]
 
@@ -37,31 +38,37 @@ def train(config: Config, *, resume: bool = False, on_event: OnEvent = lambda _:
     """
     with open_run(config, resume=resume, on_event=on_event) as run:
         try:
-            _prepare(run)
-            for step in run.steps():
-                train_step(run, step)
-            run.evaluate("after")
-            return run.finish()
+            while True:
+                try:
+                    return _to_the_end(run)
+                except LearnerLost as error:
+                    run.recover(error)  # back to the last checkpoint, or raises the error again
         except KeyboardInterrupt:
             path = run.save_if_new()
             run.emit("interrupted", step=run.step, checkpoint=str(path) if path else None)
             raise
 
 
+def _to_the_end(run: Run) -> dict[str, Any]:
+    _prepare(run)
+    for step in run.steps():
+        train_step(run, step)
+    run.evaluate("after")
+    return run.finish()
+
+
 def train_step(run: Run, step: int) -> Mapping[str, float]:
     """One turn of the circle; `train`, sweeps and other drivers all take this step."""
     clock = _Clock()
     with clock.phase("rollout"):
-        collected = run.collect(run.jobs(step))
+        collected = run.collect(step)
     with clock.phase("credit"):
         batch = policy_batch(collected, run.config)
-    update: Mapping[str, float] = {}
     with clock.phase("learner"):
-        if batch.samples:
-            update = run.learners.update(batch.samples, batch.denominator, step)
+        update = run.update(batch, step)
     with clock.phase("publish"):
         if update:
-            run.publish(run.version + 1)
+            run.publish(run.version + int(update["applied"]))
     run.after(collected, batch, update, clock.seconds)
     return update
 
@@ -77,6 +84,8 @@ def _prepare(run: Run) -> None:
         for step in range(warm_start.steps):
             _supervised_step(run, step)
         run.publish(run.version)
+        if run.config.grpo.kl_coef:
+            run.learners.refresh_reference()  # a KL holds GRPO to what it began with
         run.results["warm_started"] = warm_start.steps
     if "heldout_before" not in run.results:
         run.evaluate("before")
@@ -87,17 +96,17 @@ def _prepare(run: Run) -> None:
 def _supervised_step(run: Run, step: int) -> None:
     """Learn from dialogues of the environment's own expert, through the same learner and mask."""
     started = time.monotonic()
-    collected = run.collect(run.expert_jobs(step))
+    collected = run.collect_expert(step)
     batch = supervised_batch(collected)
-    if not batch.samples:
+    if not batch.updates:
         errors = [error for handle in collected.groups for error in handle.report.errors]
         raise RunError(
             "not one expert dialogue could be finished, so there is nothing to warm-start from",
             given=errors[:1],
             mend="mend the environment's expert(), or set train.warm_start.steps=0",
         )
-    update = run.learners.update(batch.samples, batch.denominator, step, "supervised")
-    run.version += 1
+    update = run.update(batch, step, "supervised")
+    run.version += int(update["applied"])
     steps, took = run.config.train.warm_start.steps, time.monotonic() - started
     run.emit("warm_start", step=step, steps=steps, loss=update["loss"], seconds=took)
 

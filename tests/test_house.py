@@ -23,7 +23,7 @@ PACKAGE = "stateset_ray"
 
 FLOORS: dict[str, float] = {
     # 1: the ground
-    "types": 1, "config": 1, "errors": 1,
+    "types": 1, "config": 1, "objective": 1, "settings": 1, "errors": 1,
     # 2: nouns
     "environments": 2, "rewards": 2, "grpo": 2, "metrics": 2, "checkpoint": 2, "manifest": 2, "models": 2,
     "offline_models": 2,
@@ -45,6 +45,9 @@ FLOORS: dict[str, float] = {
 
 SIDEWAYS = {
     ("config", "errors"): "a wrong configuration raises a ConfigError",
+    ("settings", "errors"): "so does a wrong override",
+    ("config", "settings"): "how a page of settings is read is not what stands on it",
+    ("config", "objective"): "one page in two files: the objective has a page of its own",
     ("checkpoint", "manifest"): "one subject in two files: the order of things, and the bytes",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
     ("learner", "policies.weights"): "one codec: the learner writes what the engines read",
@@ -62,7 +65,10 @@ LIBRARIES: dict[int | str, set[str]] = {
     8: {"rich", "typer"},
     "checkpoint": {"filelock"},
     "doctor": {"torch", "transformers", "deepspeed"},
+    "grpo.divergence": {"torch"},
     "grpo.loss": {"torch"},
+    "grpo.surrogate": {"torch"},
+    "learner.adapters": {"peft"},
     "metrics": {"prometheus_client", "psutil"},
     "models": {"torch", "transformers"},
     "offline_models": {"torch", "transformers", "tokenizers", "filelock"},
@@ -278,6 +284,28 @@ def files() -> Files:
 def test_the_house_stands(check: Callable[[Files], Iterator[str]], files: Files) -> None:
     problems = list(check(files))
     assert not problems, "\n".join(problems)
+
+
+def endless(files: Files) -> Iterator[str]:
+    """Waits for Ray without a limit: `ray.get` and `ray.wait` without `timeout`."""
+    for module in parse(files).values():
+        for node in ast.walk(module.tree):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("get", "wait")
+                and getattr(node.func.value, "id", "") == "ray"
+                and not any(keyword.arg == "timeout" for keyword in node.keywords)
+            ):
+                yield f"{module.path}:{node.lineno}: ray.{node.func.attr} needs a timeout"
+
+
+def test_bug_41_every_wait_for_ray_has_a_deadline(files: Files) -> None:
+    """That its error names who waited for whom is for `actors.remote.get` and the tests of the pool."""
+    assert not list(endless(files))
+    assert list(endless({"actors/a.py": "import ray\nray.get(x)\nray.wait(y, timeout=1)\n"})) == [
+        "actors/a.py:2: ray.get needs a timeout"
+    ]
 
 
 VIOLATIONS: list[tuple[Callable[[Files], Iterator[str]], dict[str, str], str]] = [

@@ -1,21 +1,38 @@
-"""From what was collected to what is learned: rewards -> advantages, and the account of trajectories.
+"""From what was collected to what is learned: advantages, weights, and the account of trajectories.
 
 Only metadata is touched here; the samples stay where they are.
+
+How tokens are weighed against each other (`grpo.aggregation`) is a weight per sample and one denominator per
+optimizer step, both known from lengths:
+
+    token_mean      weight 1                                denominator: sampled tokens of all trajectories
+    sequence_mean   1 / sampled tokens of its trajectory    trajectories
+    constant        weight 1                                trajectories * the longest a conversation may be
+
+All scorable trajectories of the step are in the denominator, those without gradient included.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
-from stateset_ray.actors.jobs import Counts
-from stateset_ray.actors.learner_group import SampleRef
+from stateset_ray.actors.jobs import Counts, GroupReport
+from stateset_ray.actors.learner_group import SampleRef, UpdateBatch
 from stateset_ray.actors.rollout_pool import Collected, GroupHandle
 from stateset_ray.config import Config
 from stateset_ray.errors import RunError
-from stateset_ray.grpo.advantages import group_advantages, shuffled
+from stateset_ray.grpo.advantages import Rewards, shuffled, step_advantages
+from stateset_ray.grpo.shaping import overlong_penalty, shaped
+from stateset_ray.metrics import spread
 from stateset_ray.types import derive_seed
 
-__all__ = ["Batch", "policy_batch", "supervised_batch"]
+__all__ = ["Batch", "informative", "longest_conversation", "policy_batch", "supervised_batch"]
+
+_Credit = Sequence[tuple[float, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -23,67 +40,205 @@ class Batch:
     """What one step learns from.
 
     Attributes:
-        samples: those with gradient; may be empty.
-        denominator: masked tokens of all scorable trajectories, those without gradient included.
+        updates: one for each optimizer step; empty where nothing has a gradient.
         counts: every trajectory that was dispatched, accounted for.
+        facts: for the metrics: advantages, groups of equal rewards.
     """
 
-    samples: list[SampleRef]
-    denominator: int
+    updates: list[UpdateBatch]
     counts: Counts
+    facts: dict[str, Any]
+
+
+def longest_conversation(config: Config) -> int:
+    """The most tokens that the policy can sample in one conversation."""
+    limits = config.rollout
+    return min(limits.max_turns * limits.max_turn_tokens, limits.max_sampled_tokens, limits.max_context - 1)
+
+
+def informative(report: GroupReport, config: Config) -> bool:
+    """Whether a group has something to teach: at least two that can be compared, and that differ.
+
+    What must differ is what turns answer for: the returns, or with credit per turn, any turn's reward. Where
+    the baseline is the batch's (`reinforce_pp`), a group of equal rewards teaches as well.
+    """
+    scored = [r for r in _shaped(report, config) if r is not None]
+    names = config.grpo.reward_weights or ("",)
+    by_turn = config.grpo.credit != "outcome"
+    earned = [
+        {tuple(r.get(name, ())) if by_turn else math.fsum(r.get(name, ())) for r in scored} for name in names
+    ]
+    differ = any(len(different) > 1 for different in earned) or config.grpo.advantage == "reinforce_pp"
+    return len(scored) > 1 and differ
 
 
 def policy_batch(collected: Collected, config: Config) -> Batch:
-    """GRPO: each trajectory's credit is its advantage within its group.
+    """GRPO: each turn's credit is its advantage, compared within the group or the step.
 
-    With a KL to the reference every scorable trajectory has a gradient; without one, those of advantage 0
-    are filtered.
+    With a KL to the reference or an entropy bonus every scorable trajectory has a gradient; without, those
+    of advantage 0 are filtered. Where groups were replaced (`grpo.refills`), the step keeps
+    `train.tasks_per_step` of them, those that teach something first.
     """
-    batch = Batch([], 0, collected.counts)
-    for handle in collected.groups:
-        rewards = list(handle.report.rewards)
-        if config.grpo.shuffle_rewards:
-            rewards = shuffled(rewards, derive_seed(handle.report.job.seed, "shuffle"))
-        advantages = group_advantages(rewards, config.grpo.advantage)
-        batch = _with(batch, handle, advantages, keep_all=config.grpo.kl_coef > 0)
-    return _balanced(batch)
+    objective = config.grpo
+    chosen, left = _chosen(collected.groups, config)
+    rewards = [_shaped(handle.report, config) for handle in chosen]
+    if objective.shuffle_rewards:
+        rewards = [
+            shuffled(group, derive_seed(handle.report.job.seed, "shuffle"))
+            for group, handle in zip(rewards, chosen, strict=True)
+        ]
+    credits = [
+        _without_truncated(handle.report, credit, config)
+        for handle, credit in zip(chosen, step_advantages(rewards, objective), strict=True)
+    ]
+    keep_all = objective.kl_coef > 0 or objective.entropy_coef > 0
+    counts = collected.counts
+    for handle, credit in zip(chosen, credits, strict=True):
+        _account(counts, handle.report, credit, keep_all=keep_all)
+    for handle in left:
+        scored = [reward is not None for reward in handle.report.rewards]
+        _account(counts, handle.report, [(0.0,) if s and sum(scored) > 1 else None for s in scored])
+    parts = min(config.train.updates_per_step, max(1, len(chosen)))
+    updates = [
+        _update(chosen[part::parts], credits[part::parts], config, keep_all=keep_all) for part in range(parts)
+    ]
+    _check(counts)
+    facts = _facts(collected, [a for credit in credits for a in credit if a is not None], config)
+    return Batch([update for update in updates if update.samples], counts, facts)
 
 
 def supervised_batch(collected: Collected) -> Batch:
     """Warm start: every dialogue that the expert finished counts alike."""
-    batch = Batch([], 0, collected.counts)
-    for handle in collected.groups:
-        credit = [None if r is None else 1.0 for r in handle.report.rewards]
-        batch = _with(batch, handle, credit, keep_all=True)
-    return _balanced(batch)
+    samples, masked = [], 0
+    for index, handle in enumerate(collected.groups):
+        report = handle.report
+        credit = [
+            None if reward is None else (1.0,) * turns
+            for reward, turns in zip(report.rewards, report.turns, strict=True)
+        ]
+        _account(collected.counts, report, credit)
+        for size in report.sizes:
+            value = credit[size.trajectory]
+            if value is not None and size.masked:
+                masked += size.masked
+                samples.append(SampleRef(handle.payload, size, value, 1.0, index))
+    _check(collected.counts)
+    return Batch([UpdateBatch(samples, float(masked))] if samples else [], collected.counts, {})
 
 
-def _with(batch: Batch, handle: GroupHandle, credit: list[float | None], *, keep_all: bool) -> Batch:
-    """The batch with one group more."""
-    report, counts = handle.report, batch.counts
-    for reason, reward, value in zip(report.stop_reasons, report.rewards, credit, strict=True):
+def _chosen(groups: Sequence[GroupHandle], config: Config) -> tuple[list[GroupHandle], list[GroupHandle]]:
+    """The groups of the step, and those that were replaced, both in the order they were asked for."""
+    wanted = config.train.tasks_per_step
+    if len(groups) <= wanted:
+        return list(groups), []
+    ranked = sorted(range(len(groups)), key=lambda i: (not informative(groups[i].report, config), i))
+    kept = set(ranked[:wanted])
+    return (
+        [group for i, group in enumerate(groups) if i in kept],
+        [group for i, group in enumerate(groups) if i not in kept],
+    )
+
+
+def _shaped(report: GroupReport, config: Config) -> list[Rewards | None]:
+    """What each trajectory is trained on: its turn rewards, with limits and overlong replies charged."""
+    objective, limit = config.grpo, longest_conversation(config)
+    weights = objective.reward_weights
+    # Named rewards bear the penalty together: unscaled, their weighted sum loses exactly the penalty.
+    share = 1 / sum(weights.values()) if weights and objective.overlong_share else 1.0
+    rewards: list[Rewards | None] = []
+    for earned, truncated, sampled in zip(report.turn_rewards, report.truncated, report.sampled, strict=True):
+        penalty = overlong_penalty(sampled, limit, objective)
+        rewards.append(
+            earned
+            and {
+                name: shaped(
+                    turns, truncated=truncated, penalty=penalty * (share if name else 1.0),
+                    objective=objective,
+                )
+                for name, turns in earned.items()
+            }
+        )  # fmt: skip
+    return rewards
+
+
+def _without_truncated(report: GroupReport, credit: _Credit, config: Config) -> _Credit:
+    """With `truncated = "mask"`, conversations that a limit ended stay in the baseline but teach nothing.
+
+    Their credit is empty: neither an advantage nor a KL nor an entropy bonus has a gradient there.
+    """
+    if config.grpo.truncated != "mask":
+        return credit
+    return [() if a is not None and cut else a for a, cut in zip(credit, report.truncated, strict=True)]
+
+
+def _account(counts: Counts, report: GroupReport, credit: _Credit, *, keep_all: bool = False) -> None:
+    """Book the end of every trajectory of a group."""
+    for reason, reward, sampled, value in zip(
+        report.stop_reasons, report.rewards, report.sampled, credit, strict=True
+    ):
         if value is None:
             # A scorable trajectory without an advantage had no one left to be compared with.
             counts.dropped[reason if reward is None else "group_too_small"] += 1
-        elif value == 0 and not keep_all:
-            counts.filtered += 1
-        else:
+        elif sampled and value and (any(value) or keep_all):
             counts.trained += 1
-    scored = [(size, credit[size.trajectory]) for size in report.sizes]
-    samples = [
-        SampleRef(handle.payload, size, value)
-        for size, value in scored
-        if value is not None and (value != 0 or keep_all) and size.masked
-    ]
-    masked = sum(size.masked for size, value in scored if value is not None)
-    return Batch(batch.samples + samples, batch.denominator + masked, counts)
+        else:
+            counts.filtered += 1
 
 
-def _balanced(batch: Batch) -> Batch:
-    if not batch.counts.balanced:
+def _update(
+    handles: Sequence[GroupHandle], credits: Sequence[_Credit], config: Config, *, keep_all: bool
+) -> UpdateBatch:
+    """One optimizer step's samples with their credit and weights, and its denominator."""
+    how = config.grpo.aggregation
+    samples: list[SampleRef] = []
+    tokens = trajectories = 0
+    for index, (handle, credit) in enumerate(zip(handles, credits, strict=True)):
+        report = handle.report
+        masked = [0] * len(credit)
+        for size in report.sizes:
+            masked[size.trajectory] += size.masked
+        scored = [i for i, value in enumerate(credit) if value is not None and masked[i]]
+        tokens += sum(masked[i] for i in scored)
+        trajectories += len(scored)
+        for size in report.sizes:
+            value = credit[size.trajectory]
+            if not value or not size.masked or not (any(value) or keep_all):
+                continue
+            weight = 1 / masked[size.trajectory] if how == "sequence_mean" else 1.0
+            samples.append(SampleRef(handle.payload, size, value, weight, index, report.prefix))
+    longest = longest_conversation(config)
+    denominators = {
+        "token_mean": tokens, "sequence_mean": trajectories, "constant": trajectories * longest,
+    }  # fmt: skip
+    return UpdateBatch(samples, float(denominators[how]))
+
+
+def _facts(collected: Collected, advantages: Sequence[tuple[float, ...]], config: Config) -> dict[str, Any]:
+    reports = [handle.report for handle in collected.groups]
+    scored = [r for r in reports if sum(reward is not None for reward in r.rewards) > 1]
+    equal = sum(not informative(report, config) for report in scored)
+    values = list(chain.from_iterable(advantages))
+    return {
+        "groups": len(reports),
+        "equal_reward_groups": equal,
+        "equal_reward_share": equal / len(scored) if scored else None,
+        "advantages": {
+            **spread(values), "min": min(values, default=None), "max": max(values, default=None),
+        },
+        "samples_per_trajectory": spread(list(chain.from_iterable(map(_rows, reports))))["mean"],
+        "truncated_share": spread([float(t) for r in reports for t in r.truncated])["mean"],
+    }  # fmt: skip
+
+
+def _rows(report: GroupReport) -> Iterator[float]:
+    for index in range(len(report.rewards)):
+        yield float(sum(size.trajectory == index for size in report.sizes))
+
+
+def _check(counts: Counts) -> None:
+    if not counts.balanced:
         raise RunError(
             "the account of trajectories does not balance: some were lost or counted twice",
-            given=batch.counts.as_dict(),
+            given=counts.as_dict(),
             mend="this is a bug of stateset_ray: please report it with the run folder",
         )
-    return batch

@@ -10,8 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stateset_ray.grpo.samples import samples
-from stateset_ray.types import Sample, Task, TrajectoryGroup
+from stateset_ray.grpo.advantages import Rewards
+from stateset_ray.grpo.samples import samples, shared_prefix
+from stateset_ray.types import Sample, StopReason, Task, Trajectory, TrajectoryGroup
 
 __all__ = ["Counts", "GroupJob", "GroupPayload", "GroupReport", "SampleSize", "report_on"]
 
@@ -78,6 +79,8 @@ class GroupReport:
         turns: replies per trajectory.
         sampled: sampled tokens per trajectory.
         infos: the environment's facts per trajectory.
+        turn_rewards: per trajectory, what each of its turns earned; None where it failed.
+        prefix: tokens that all samples of the group begin with alike, none of them sampled.
     """
 
     job: GroupJob
@@ -88,6 +91,13 @@ class GroupReport:
     turns: tuple[int, ...]
     sampled: tuple[int, ...]
     infos: tuple[dict[str, Any], ...]
+    turn_rewards: tuple[Rewards | None, ...] = ()
+    prefix: int = 0
+
+    @property
+    def truncated(self) -> tuple[bool, ...]:
+        """Per trajectory, whether a limit ended it."""
+        return tuple(StopReason(reason).truncated for reason in self.stop_reasons)
 
 
 def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, GroupPayload]:
@@ -103,9 +113,19 @@ def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, Group
         job, group.rewards, tuple(t.stop_reason.value for t in played),
         tuple(t.error for t in played if t.error), sizes,
         tuple(len(t.turns) for t in played), tuple(t.sampled_tokens for t in played),
-        tuple(dict(t.info) for t in played),
+        tuple(dict(t.info) for t in played), tuple(_turn_rewards(t) for t in played),
+        shared_prefix([row for of_one in rows for row in of_one]),
     )  # fmt: skip
     return report, GroupPayload(group, rows)
+
+
+def _turn_rewards(trajectory: Trajectory) -> Rewards | None:
+    """What each turn earned, as a whole and under each name; a name that a turn lacks earned 0 there."""
+    if trajectory.reward is None:
+        return None
+    names = sorted({name for turn in trajectory.turns for name in turn.rewards})
+    whole = {"": tuple(turn.reward for turn in trajectory.turns)}
+    return whole | {n: tuple(turn.rewards.get(n, 0.0) for turn in trajectory.turns) for n in names}
 
 
 @dataclass

@@ -1,17 +1,18 @@
 """All learner ranks: they step together, save together, and end together.
 
 Who waits for whom: the controller waits for all ranks, each rank waits for the others inside collectives.
-A rank never heals alone. If one fails, all are ended at once, so that no collective waits for a dead peer;
-the run stops with the error, and its last checkpoint is whole.
+A rank never heals alone. If one fails, all are ended at once, so that no collective waits for a dead peer.
+`LearnerLost` then says that they can be built anew in the same bundles (`rebuild`) and continue from the last
+checkpoint, which is whole; any other error stops the run.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,49 @@ from stateset_ray.actors.placement import Placement
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.weights import PARTS, PublishedWeights, split
 from stateset_ray.config import Config
-from stateset_ray.errors import ClusterError, LearnerError, StatesetError
-from stateset_ray.learner.batch import plan
+from stateset_ray.errors import ClusterError, LearnerError, LearnerLost, StatesetError
+from stateset_ray.learner.batch import Item, MiniBatch, plan
 from stateset_ray.learner.learner import Learner, LossKind
 from stateset_ray.models import choose_hardware
+from stateset_ray.types import Sample
 
-__all__ = ["LearnerGroup", "LearnerRank", "SampleRef", "learner_group"]
+__all__ = ["LearnerGroup", "LearnerRank", "SampleRef", "UpdateBatch", "learner_group"]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """A sample that lies in a group's payload, and the advantage it is to be scaled with."""
+    """A sample that lies in a group's payload, and its credit.
+
+    Attributes:
+        payload: reference to a `GroupPayload`.
+        size: where the sample lies in it.
+        advantages: one per turn of its trajectory.
+        weight: of each of its tokens in the loss.
+        group: samples of one group begin alike with their first `prefix` tokens.
+    """
 
     payload: Any
     size: SampleSize
-    advantage: float
+    advantages: tuple[float, ...]
+    weight: float = 1.0
+    group: int = -1
+    prefix: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateBatch:
+    """The samples of one optimizer step, those without gradient left out, and its denominator."""
+
+    samples: list[SampleRef]
+    denominator: float
+
+
+@dataclass(frozen=True, slots=True)
+class _RankBatch:
+    """One rank's part of an `UpdateBatch`: by micro-batch, (index of the payload, a sample without it)."""
+
+    micro_batches: list[list[tuple[int, SampleRef]]]
+    denominator: float
 
 
 class LearnerRank:
@@ -65,21 +94,35 @@ class LearnerRank:
         return os.getpid()
 
     def update(
-        self, micro_batches: Sequence[Sequence[tuple[int, SampleSize, float]]], payloads: Mapping[str, Any],
-        denominator: int, step: int, loss: LossKind,
+        self, parts: Sequence[_RankBatch], payloads: Mapping[str, Any], step: int, loss: LossKind,
+        kl_coef: float | None,
     ) -> dict[str, float]:  # fmt: skip
-        """One optimizer step; samples are fetched here, from wherever they lie."""
+        """An optimizer step for each part; samples are fetched here, from wherever they lie."""
         refs = payloads["refs"]
-        needed = sorted({index for micro_batch in micro_batches for index, _, _ in micro_batch})
-        fetched: dict[int, GroupPayload] = dict(zip(needed, ray.get([refs[i] for i in needed]), strict=True))
-        rows = [
-            [
-                fetched[index].samples[size.trajectory][size.row].scaled(advantage)
-                for index, size, advantage in micro_batch
-            ]
-            for micro_batch in micro_batches
+        needed = sorted({index for part in parts for mb in part.micro_batches for index, _ in mb})
+        payloads_here = get(
+            [refs[i] for i in needed], timeout=self._config.learner.timeout,
+            waiting_for="the samples of this step",
+        )  # fmt: skip
+        fetched: dict[int, GroupPayload] = dict(zip(needed, payloads_here, strict=True))
+
+        def sample(index: int, ref: SampleRef) -> Sample:
+            row = fetched[index].samples[ref.size.trajectory][ref.size.row]
+            return row.credited(ref.advantages, ref.weight)
+
+        minibatches = [
+            MiniBatch(
+                [[sample(index, ref) for index, ref in mb] for mb in part.micro_batches],
+                [[_shares(ref, place) for place, (_, ref) in enumerate(mb)] for mb in part.micro_batches],
+                part.denominator,
+            )
+            for part in parts
         ]
-        return self._ready().update(rows, denominator, step, loss)
+        return self._ready().update(minibatches, step, loss, kl_coef)
+
+    def refresh_reference(self) -> None:
+        """Make the policy as it is now the reference."""
+        self._ready().refresh_reference()
 
     def export(self) -> tuple[Any, ...]:
         """None and the encoded weights in parts, on rank 0 only; the first of these results is there so
@@ -104,48 +147,98 @@ class LearnerRank:
         return self._learner
 
 
-class LearnerGroup:
-    """The ranks as one; created by `learner_group`."""
+def _shares(ref: SampleRef, place: int) -> Any:
+    """What a sample shares its first tokens with: its group, or where there is no prefix, nothing."""
+    return ref.group if ref.prefix else ("alone", place)
 
-    def __init__(self, config: Config, ranks: list[Any], pids: list[int]) -> None:
+
+class LearnerGroup:
+    """The ranks as one; created by `learner_group`.
+
+    Args:
+        config: of the run.
+        make: creates the actor of a rank, in the bundle that belongs to it.
+    """
+
+    def __init__(self, config: Config, make: Callable[[int], Any]) -> None:
         self._config = config
-        self._ranks = ranks
-        self.pids = pids
+        self._make = make
+        self._ranks: list[Any] = []
+        self.pids: list[int] = []
+        self.restarts = 0
+
+    def start(self) -> None:
+        """Create the ranks and let them meet.
+
+        Raises:
+            StatesetError: a rank could not be set up; the cause is passed on.
+            WaitTimeout: not ready within `cluster.wait_seconds`.
+        """
+        limit = self._config.cluster.wait_seconds
+        self._ranks = [self._make(rank) for rank in range(self._config.learner.ranks)]
+        found = get(
+            [r.where.remote() for r in self._ranks], timeout=limit,
+            waiting_for="the learner ranks to start",
+        )  # fmt: skip
+        nodes = [node for node, _, _ in found]
+        master = (found[0][1], found[0][2])
+        self.pids = get(
+            [r.set_up.remote(master, nodes.count(node)) for r, node in zip(self._ranks, nodes, strict=True)],
+            timeout=limit, waiting_for="the learner ranks to load the model and meet",
+        )  # fmt: skip
+
+    def rebuild(self) -> None:
+        """End what is left of the ranks and build all anew, in the same bundles; they know nothing yet."""
+        self.restarts += 1
+        self.end()
+        self.start()
 
     def update(
-        self, samples: Sequence[SampleRef], denominator: int, step: int, loss: LossKind = "policy"
-    ) -> dict[str, float]:
-        """One optimizer step on every rank.
+        self, updates: Sequence[UpdateBatch], step: int, loss: LossKind = "policy",
+        kl_coef: float | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Optimizer steps on every rank, one for each batch.
 
         Args:
-            samples: what to learn from; those without gradient are left out by the caller.
-            denominator: masked tokens of the whole step, those left out included.
+            updates: what to learn from, in turn.
             step: decides the learning rate.
+            kl_coef: instead of `grpo.kl_coef`, where it is steered.
 
         Returns:
             The metrics of `Learner.update`.
 
         Raises:
-            LearnerError: a rank failed; all ranks have been ended.
+            LearnerLost: a rank died; all ranks have been ended.
+            LearnerError: the ranks cannot learn from this; all ranks have been ended.
         """
-        refs = list(dict.fromkeys(s.payload for s in samples))
+        refs = list(dict.fromkeys(s.payload for update in updates for s in update.samples))
         where = {ref: i for i, ref in enumerate(refs)}
         learner = self._config.learner
-        parts = plan([s.size.tokens for s in samples], learner.ranks, learner.micro_batch_tokens)
-        rows = [(where[s.payload], s.size, s.advantage) for s in samples]
+        parts: list[list[_RankBatch]] = [[] for _ in range(learner.ranks)]
+        for update in updates:
+            # Without its payload, which travels once, beside all of them.
+            rows = [(where[s.payload], replace(s, payload=None)) for s in update.samples]
+            if not learner.share_prefix:
+                rows = [(index, replace(s, prefix=0)) for index, s in rows]
+            items = [Item(s.size.tokens, s.group, s.prefix) for _, s in rows]
+            planned = plan(items, learner.ranks, learner.micro_batch_tokens)
+            for part, mine in zip(parts, planned, strict=True):
+                part.append(_RankBatch([[rows[i] for i in mb] for mb in mine], update.denominator))
         calls = [
-            rank.update.remote(
-                [[rows[i] for i in mb] for mb in part], {"refs": refs}, denominator, step, loss
-            )
+            rank.update.remote(part, {"refs": refs}, step, loss, kl_coef)
             for rank, part in zip(self._ranks, parts, strict=True)
         ]
         return dict(self._all(calls, "an update")[0])
 
-    def publish(self, version: int) -> PublishedWeights:
+    def publish(self, version: int, lineage: int = 0) -> PublishedWeights:
         """Put the weights into the object store, under their version."""
         calls = [rank.export.options(num_returns=1 + PARTS).remote() for rank in self._ranks]
         self._all([done for done, *_ in calls], "an export of the weights")
-        return PublishedWeights(version, tuple(calls[0][1:]))
+        return PublishedWeights(version, tuple(calls[0][1:]), lineage)
+
+    def refresh_reference(self) -> None:
+        """Make the policy as it is now the reference of the KL."""
+        self._all([rank.refresh_reference.remote() for rank in self._ranks], "a new reference")
 
     def save(self, folder: Path) -> None:
         """Write model and state of all ranks into a folder that all of them see."""
@@ -179,12 +272,12 @@ class LearnerGroup:
             # it when their collective breaks, and may be heard before its death is.
             if isinstance(error, StatesetError) and not isinstance(error, ClusterError):
                 raise
-            raise LearnerError(
+            raise LearnerLost(
                 f"a learner rank failed during {what}; all ranks were ended: {error}",
                 mend="the last checkpoint is whole: continue with --resume (out of memory? lower "
                 "learner.micro_batch_tokens)",
             ) from error
-        return list(ray.get(calls))
+        return list(get(calls, timeout=self._config.learner.timeout, waiting_for=what))
 
 
 @contextmanager
@@ -192,23 +285,12 @@ def learner_group(config: Config, placement: Placement) -> Iterator[LearnerGroup
     """Create the ranks, let them meet, and end them afterwards.
 
     Raises:
-        StatesetError: a rank could not be set up; the cause is passed on.
-        WaitTimeout: not ready within `cluster.wait_seconds`.
+        StatesetError: as in `LearnerGroup.start`.
     """
-    limit = config.cluster.wait_seconds
     cls = ray.remote(max_restarts=0)(LearnerRank)
-    ranks = [cls.options(**placement.learner(r)).remote(config, r) for r in range(config.learner.ranks)]
+    group = LearnerGroup(config, lambda rank: cls.options(**placement.learner(rank)).remote(config, rank))
     try:
-        found = get(
-            [r.where.remote() for r in ranks], timeout=limit, waiting_for="the learner ranks to start"
-        )
-        nodes = [node for node, _, _ in found]
-        master = (found[0][1], found[0][2])
-        pids = get(
-            [rank.set_up.remote(master, nodes.count(node)) for rank, node in zip(ranks, nodes, strict=True)],
-            timeout=limit, waiting_for="the learner ranks to load the model and meet",
-        )  # fmt: skip
-        yield LearnerGroup(config, ranks, pids)
+        group.start()
+        yield group
     finally:
-        for rank in ranks:
-            ray.kill(rank)
+        group.end()

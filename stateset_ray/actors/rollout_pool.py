@@ -54,6 +54,13 @@ class Collected:
     counts: Counts
     restarts: int
 
+    def add(self, more: Collected) -> None:
+        """Take in what a further `collect` brought."""
+        self.groups += more.groups
+        self.counts.dispatched += more.counts.dispatched
+        self.counts.aborted += more.counts.aborted
+        self.restarts += more.restarts
+
 
 @dataclass(eq=False)
 class _Worker:
@@ -138,7 +145,7 @@ class RolloutPool:
         worker.jobs = {job.id: job for job in jobs}
         state.counts.dispatched += sum(job.size for job in jobs)
         worker.stream = worker.actor.play.options(num_returns="streaming").remote(
-            weights.version, {"refs": weights.refs}, list(jobs)
+            weights.version, {"refs": weights.refs, "lineage": weights.lineage}, list(jobs)
         )
 
     def _advance(self, state: _Collection) -> bool:
@@ -162,7 +169,9 @@ class RolloutPool:
         try:
             payload = next(worker.stream)
             # After a death the stream's last reference is what raises it: then there is no report.
-            report: GroupReport = ray.get(next(worker.stream, payload))
+            report: GroupReport = ray.get(
+                next(worker.stream, payload), timeout=self._config.cluster.wait_seconds
+            )
         except StopIteration:
             worker.stream = None
             return
@@ -200,7 +209,7 @@ class RolloutPool:
     def _pinged(self, worker: _Worker) -> None:
         """A worker answered its ping, or is still restarting, or is gone for good."""
         try:
-            ray.get(worker.ping)
+            ray.get(worker.ping, timeout=self._config.cluster.wait_seconds)
             worker.ping = None
         except RayActorError as error:
             if time.monotonic() - worker.since > self._config.cluster.wait_seconds:

@@ -51,6 +51,7 @@ class RolloutWorker:
         self._engine: TransformersEngine | None = None
         self._setting_up = asyncio.Lock()
         self._loading = asyncio.Lock()
+        self._lineage = 0
         self._places = asyncio.Semaphore(config.rollout.concurrency)
 
     def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
@@ -89,8 +90,8 @@ class RolloutWorker:
 
         Args:
             version: the version that must answer.
-            weights: {"refs": references to the encoded weights}; nested, so that they are fetched only
-                if this worker does not hold them yet.
+            weights: {"refs": references to the encoded weights, "lineage": see `PublishedWeights`}; nested,
+                so that they are fetched only if this worker does not hold them yet.
             jobs: what to play.
 
         Yields:
@@ -121,7 +122,7 @@ class RolloutWorker:
 
     async def _hold(self, engine: TransformersEngine, version: int, weights: Mapping[str, Any]) -> None:
         async with self._loading:
-            if engine.version == version:
+            if (engine.version, self._lineage) == (version, weights["lineage"]):
                 return
             if not weights["refs"]:  # nothing was published: the weights it was built with
                 engine.version = version
@@ -129,6 +130,7 @@ class RolloutWorker:
             parts = await asyncio.gather(*weights["refs"])
             tensors = {name: decode(array) for part in parts for name, array in part.items()}
             await engine.load_weights(version, tensors)
+            self._lineage = weights["lineage"]
 
     async def _group(self, job: GroupJob) -> tuple[GroupReport, GroupPayload]:
         played = await asyncio.gather(*[self._one(job, sample) for sample in range(job.size)])

@@ -6,28 +6,31 @@ import json
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from stateset_ray import checkpoint
-from stateset_ray.actors.credit import Batch
+from stateset_ray.actors.credit import Batch, informative
 from stateset_ray.actors.evaluation import Evaluation, evaluate_heldout
-from stateset_ray.actors.jobs import GroupJob, GroupPayload
+from stateset_ray.actors.jobs import GroupPayload
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.placement import cluster, place
+from stateset_ray.actors.record import step_record
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import Collected, RolloutPool, rollout_pool
 from stateset_ray.actors.run_folder import open_folder
+from stateset_ray.actors.task_stream import TaskStream
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment, build_environment, check_expert
-from stateset_ray.errors import RunError
-from stateset_ray.metrics import JsonLines, MemoryMeter, spread, versions
-from stateset_ray.models import check_fits, load_tokenizer, local_folder
+from stateset_ray.errors import LearnerLost, RunError
+from stateset_ray.grpo.diagnosis import Problem, diagnose
+from stateset_ray.grpo.divergence import next_kl_coef
+from stateset_ray.learner.learner import LossKind
+from stateset_ray.metrics import JsonLines, MemoryMeter, versions
+from stateset_ray.models import check_fits, check_reference, load_tokenizer, local_folder
 from stateset_ray.policies.renderer import Renderer
-from stateset_ray.types import derive_seed
 
 __all__ = ["OnEvent", "Run", "open_run"]
 
@@ -42,6 +45,7 @@ class Run:
     Attributes:
         step: optimizer steps of GRPO done.
         version: of the policy; rises by one with every applied optimizer step, warm start included.
+        kl_coef: weight of the KL to the reference, where it is steered to `grpo.kl_target`.
         results: what `summary.json` and checkpoints carry (held-out rewards and so on).
     """
 
@@ -55,6 +59,7 @@ class Run:
         self.learners = learners
         self.step = 0
         self.version = 0
+        self.kl_coef = config.grpo.kl_coef
         self.results: dict[str, Any] = {}
         self._environment = environment
         self._meter = meter
@@ -66,6 +71,7 @@ class Run:
         self._seconds_before = 0.0
         self._saved: int | None = None
         self._empty = 0
+        self._tasks = TaskStream(config, environment)
 
     # -- the loop's view ---------------------------------------------------------------------------
 
@@ -76,41 +82,36 @@ class Run:
                 raise KeyboardInterrupt
             yield self.step
 
-    def jobs(self, step: int) -> list[GroupJob]:
-        """The groups of one step. A pure function of configuration and step, so that resuming is exact."""
-        first = self._first_task(step)
-        return [
-            self._job(str(step), index, self.config.grpo.group_size)
-            for index in range(first, first + self.config.train.tasks_per_step)
-        ]
+    def collect(self, step: int) -> Collected:
+        """Play the next groups of the task stream with the published weights.
 
-    def expert_jobs(self, step: int) -> list[GroupJob]:
-        """The dialogues of one warm-start step, played by the environment's expert."""
-        count = self.config.train.warm_start.dialogues
-        return [
-            self._job(f"warm-{step}", index, 1, expert=True)
-            for index in range(step * count, (step + 1) * count)
-        ]
+        Groups of equal rewards are replaced by further tasks, in up to `grpo.refills` rounds; what was
+        replaced is in the result too, for the books.
+        """
+        self._tasks.begin()
+        wanted = self.config.train.tasks_per_step
+        collected = self.pool.collect(self._tasks.draw(step, wanted), self._stop.is_set)
+        for _ in range(self.config.grpo.refills):
+            missing = wanted - sum(informative(group.report, self.config) for group in collected.groups)
+            if missing <= 0:
+                break
+            collected.add(self.pool.collect(self._tasks.draw(step, missing), self._stop.is_set))
+        return collected
 
-    def _first_task(self, step: int) -> int:
-        """Index of a step's first train task: the stream begins with those of the warm start."""
-        train = self.config.train
-        return train.warm_start.steps * train.warm_start.dialogues + step * train.tasks_per_step
+    def collect_expert(self, step: int) -> Collected:
+        """Play the dialogues of one warm-start step with the environment's expert."""
+        return self.pool.collect(self._tasks.expert(step), self._stop.is_set)
 
-    def _job(self, step: str, index: int, size: int, *, expert: bool = False) -> GroupJob:
-        task = self._environment.task("train", index)
-        seed = derive_seed(self.config.run.seed, step, task.id)
-        name = f"{self.config.run.name}/{step}/{task.id}"
-        return GroupJob(name, task, seed, size, self.config.rollout.temperature, expert=expert)
-
-    def collect(self, jobs: list[GroupJob]) -> Collected:
-        """Play groups with the published weights."""
-        return self.pool.collect(jobs, self._stop.is_set)
+    def update(self, batch: Batch, step: int, loss: LossKind = "policy") -> dict[str, float]:
+        """Learn from a batch; {} where nothing in it has a gradient."""
+        if not batch.updates:
+            return {}
+        return self.learners.update(batch.updates, step, loss, self.kl_coef)
 
     def publish(self, version: int) -> None:
         """Make the learners' weights the ones that every worker answers with, from its next turn on."""
         self.pool.weights = None  # the object store need not hold the old version beside the new one
-        self.pool.weights = self.learners.publish(version)
+        self.pool.weights = self.learners.publish(version, self.learners.restarts)
         self.version = version
 
     def evaluate(self, name: str) -> None:
@@ -130,18 +131,21 @@ class Run:
     def after(
         self, collected: Collected, batch: Batch, update: Mapping[str, float], seconds: Mapping[str, float]
     ) -> None:
-        """Close a step: metrics, sampled conversations, evaluation, checkpoint."""
-        record = self._record(collected, batch, update, seconds)
+        """Close a step: metrics, warnings, sampled conversations, evaluation, checkpoint."""
+        record = step_record(self.step, self.version, collected, batch, update, seconds)
+        if self.config.grpo.kl_coef:
+            record["kl_coef"] = self.kl_coef
+        problems = diagnose(record, self.config)
+        record["warnings"] = [problem.name for problem in problems]
         self._metrics.append(record)
         self._log_trajectories(collected)
+        for problem in problems:
+            self.emit("warning", step=self.step, **problem.as_dict())
         self.step += 1
-        self._empty = 0 if batch.samples else self._empty + 1
-        if self._empty >= _EMPTY_STEPS:
-            raise RunError(
-                f"{_EMPTY_STEPS} steps in a row gave no gradient: in every group all rewards are equal",
-                given=record["reward_mean"],
-                mend="make the task easier or harder, raise grpo.group_size, or warm-start first",
-            )
+        self._tasks.finish()
+        if self.config.grpo.kl_target and "kl_reference" in update:
+            self.kl_coef = next_kl_coef(self.kl_coef, update["kl_reference"], self.config.grpo.kl_target)
+        self._stop_if_hopeless(batch, problems)
         left = self.config.train.steps - self.step
         took = sum(seconds.values())
         self.emit("step", **record, steps=self.config.train.steps, seconds_left=left * took)
@@ -149,6 +153,18 @@ class Run:
             self.evaluate_if_due()
         if self.step % self.config.train.checkpoint_every == 0 and left:
             self.save()
+
+    def _stop_if_hopeless(self, batch: Batch, problems: Sequence[Problem]) -> None:
+        self._empty = 0 if batch.updates else self._empty + 1
+        if self._empty >= _EMPTY_STEPS:
+            raise RunError(
+                f"{_EMPTY_STEPS} steps in a row gave no gradient: in every group all rewards are equal",
+                given=batch.facts,
+                mend="make the task easier or harder, raise grpo.group_size, or warm-start first",
+            )
+        for problem in problems:
+            if problem.fatal:
+                raise RunError(problem.text, given=problem.name, mend=problem.mend)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -160,7 +176,8 @@ class Run:
             "version": self.version,
             "results": self.results,
             "seconds": self._elapsed(),
-            "next_task": self._first_task(self.step),
+            "next_task": self._tasks.position,
+            "kl_coef": self.kl_coef,
         }
         root = self.folder / "checkpoints"
         keep = self.config.train.keep_checkpoints
@@ -176,16 +193,36 @@ class Run:
         found = checkpoint.latest(self.folder / "checkpoints")
         return found.path if found else None
 
+    def recover(self, error: LearnerLost) -> None:
+        """Build the learner ranks anew and go back to the newest checkpoint; the rollout workers stay.
+
+        Raises:
+            LearnerLost: this one, once `learner.restarts` are used up.
+        """
+        if self.learners.restarts >= self.config.learner.restarts:
+            raise error
+        self.emit("learner_lost", step=self.step, error=error.problem)
+        started = time.monotonic()
+        self.learners.rebuild()
+        self.restore()
+        self.publish(self.version)
+        self.emit("learner_rebuilt", step=self.step, seconds=time.monotonic() - started)
+
     def restore(self) -> None:
         """Continue from the newest whole checkpoint; from the start if there is none."""
         found = checkpoint.latest(self.folder / "checkpoints")
-        step = 0
+        step, version, results = 0, 0, {}
+        self._tasks.rewind(None)
         if found is not None:
             self.learners.load(found.path)
-            self.step = self._saved = step = found.step
-            self.version = int(found.meta["version"])
-            self.results = dict(found.meta["results"])
-            self._seconds_before = float(found.meta["seconds"])
+            step, version, results = found.step, int(found.meta["version"]), dict(found.meta["results"])
+            self._tasks.rewind(int(found.meta["next_task"]))
+            self.kl_coef = float(found.meta.get("kl_coef", self.kl_coef))
+            if self._saved is None:  # another process has spent this time
+                self._seconds_before = float(found.meta["seconds"])
+        self.step, self.version, self.results = step, version, results
+        self._saved = step if found is not None else None
+        self._empty = 0
         self._metrics.rewind(step)
         self._trajectories.rewind(step)
         self.emit("resumed", step=step, checkpoint=str(found.path) if found else None)
@@ -243,31 +280,6 @@ class Run:
             text = payload.group.trajectories[0].to_json()
             self._trajectories.append({"step": self.step, "trajectory": json.loads(text)})
 
-    def _record(
-        self, collected: Collected, batch: Batch, update: Mapping[str, float], seconds: Mapping[str, float]
-    ) -> dict[str, Any]:
-        reports = [handle.report for handle in collected.groups]
-        rewards = spread([r for report in reports for r in report.rewards if r is not None])
-        sampled = [n for report in reports for n in report.sampled]
-        turns = [n for report in reports for n in report.turns]
-        return {
-            "step": self.step,
-            "policy_version": self.version,
-            "reward_mean": rewards["mean"],
-            "reward_std": rewards["std"],
-            **{k: update.get(k) for k in ("loss", "grad_norm", "learning_rate", "kl_mismatch")},
-            "update": dict(update),
-            "tokens_per_trajectory": spread([float(n) for n in sampled]),
-            "turns_per_trajectory": spread([float(n) for n in turns]),
-            "stop_reasons": dict(Counter(s for report in reports for s in report.stop_reasons)),
-            "errors": [e for report in reports for e in report.errors][:5],
-            "trajectories": batch.counts.as_dict(),
-            "worker_restarts": collected.restarts,
-            "rollout_tokens_per_second": sum(sampled) / max(seconds["rollout"], 1e-9),
-            "learner_tokens_per_second": update.get("tokens", 0.0) / max(seconds["learner"], 1e-9),
-            "seconds": dict(seconds),
-        }
-
 
 @contextmanager
 def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda _: None) -> Iterator[Run]:
@@ -284,9 +296,11 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
     if config.train.warm_start.steps:
         check_expert(environment)
     check_fits(config)
+    check_reference(config)
     Renderer(load_tokenizer(config.model.name))  # a chat template it refuses, every worker would refuse
     config, folder = open_folder(config, resume=resume)
-    on_event({"event": "opened", "folder": str(folder), "model": config.model.name, "resume": resume})
+    opened = {"folder": str(folder), "model": config.model.name, "objective": config.grpo.summary()}
+    on_event({"event": "opened", **opened, "resume": resume})
     local_folder(config.model.name)  # built once here, not by every actor at the same time
     with ExitStack() as stack:
         meter = stack.enter_context(MemoryMeter())

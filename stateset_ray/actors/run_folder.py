@@ -22,7 +22,8 @@ __all__ = ["open_folder"]
 _MAY_CHANGE = (
     "run.name", "run.dir", "run.log_trajectories", "train.steps", "train.checkpoint_every",
     "train.keep_checkpoints", "train.evaluate_every", "rollout.workers", "rollout.retries",
-    "learner.timeout", "model.threads",
+    "learner.timeout", "learner.ranks", "learner.restarts", "learner.micro_batch_tokens",
+    "learner.logit_chunk", "learner.share_prefix", "learner.gradient_checkpointing", "model.threads",
 )  # fmt: skip
 _MAY_CHANGE_SECTIONS = ("cluster.", "evaluate.")
 

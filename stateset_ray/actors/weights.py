@@ -25,10 +25,12 @@ class PublishedWeights:
         version: rises by one with every applied optimizer step.
         refs: Ray references to {name: encoded array} each, together the whole model; see
             `stateset_ray.policies.weights`. Empty: the weights that the workers were built with.
+        lineage: rises when the run goes back to a checkpoint: the same version may then be other weights.
     """
 
     version: int
     refs: tuple[Any, ...] = ()
+    lineage: int = 0
 
 
 def split(arrays: Mapping[str, Any]) -> list[dict[str, Any]]:

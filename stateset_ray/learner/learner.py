@@ -8,26 +8,26 @@ ones and loads the last checkpoint.
 from __future__ import annotations
 
 import math
-import os
-import random
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from stateset_ray.config import Config
 from stateset_ray.errors import CheckpointError, LearnerError
-from stateset_ray.grpo.loss import MAXIMA, SUMS, LossTerms, policy_loss, supervised_loss, token_logprobs
-from stateset_ray.learner.batch import PackedBatch, pack
-from stateset_ray.learner.engine import DeepSpeedEngine, ragged_logits
+from stateset_ray.grpo.divergence import kl_estimate, kl_returns
+from stateset_ray.grpo.loss import LossTerms, Tokens, policy_loss, supervised_loss
+from stateset_ray.learner.batch import MiniBatch, PackedBatch, pack
+from stateset_ray.learner.engine import Scores, build_engine
+from stateset_ray.learner.random_states import random_states, seed_all, set_random_states
+from stateset_ray.learner.reference import Reference
+from stateset_ray.learner.tally import PeakMemory, Tally
 from stateset_ray.models import Hardware, load_model, load_tokenizer
 from stateset_ray.policies.weights import decode
-from stateset_ray.types import Sample, derive_seed
+from stateset_ray.types import derive_seed
 
 __all__ = ["Learner", "LossKind", "learning_rate"]
 
@@ -73,8 +73,7 @@ class Learner:
         rank: of `world` ranks, which all get the same configuration.
         master: host and port of rank 0; port 0 picks a free one where `world` is 1.
         hardware: where this rank computes.
-        model_folder: weights to start from, instead of `model.name`. The reference is `model.name` always,
-            the model that the run began with.
+        model_folder: weights to start from, instead of `model.name`.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -95,63 +94,91 @@ class Learner:
         self._config = config
         self._hardware = hardware
         hardware.apply()
-        _seed(derive_seed(config.run.seed, "learner", rank))
-        self._reference = _frozen(config.model.name, hardware) if config.grpo.kl_coef > 0 else None
+        seed_all(derive_seed(config.run.seed, "learner", rank))
         model = load_model(model_folder or config.model.name, hardware)
         self._hf_config, self._generation_config = model.config, model.generation_config
         self._model_class = type(model)
-        self._engine = DeepSpeedEngine(model, config.learner, hardware, rank, world, master)
+        self._engine = build_engine(model, config.learner, hardware, rank, world, master)
+        self._reference = Reference(config, self._engine, hardware) if config.grpo.kl_coef > 0 else None
+        self._memory = PeakMemory(hardware.device)
 
     def update(
         self,
-        micro_batches: Sequence[Sequence[Sample]],
-        denominator: int,
+        minibatches: Sequence[MiniBatch],
         step: int,
         loss: LossKind = "policy",
+        kl_coef: float | None = None,
     ) -> dict[str, float]:
-        """One optimizer step over the micro-batches of all ranks.
+        """One optimizer step for each minibatch, over the micro-batches of all ranks.
 
         Args:
-            micro_batches: this rank's part of `batch.plan`; as many on every rank, empty ones included.
-            denominator: masked tokens of the whole step over all ranks, those left out of the plan
-                included; the same on every rank.
+            minibatches: this rank's part of each; on every rank as many, with as many micro-batches each.
             step: number of the step within its phase; decides the learning rate.
             loss: "policy" learns from advantages at the sampling temperature (the distribution that was
                 drawn from), "supervised" from the masked tokens as they are, at temperature 1.
+            kl_coef: weight of the KL to the reference, instead of `grpo.kl_coef`, where it is steered.
 
         Returns:
-            Equal on all ranks but for `seconds`: `loss`, `grad_norm` (before clipping), `learning_rate`,
-            `applied` (1.0), `tokens` (forward and backward) and `masked_tokens` over all ranks, `seconds`
-            of this rank, `peak_memory_bytes` of the largest rank (device memory; on a CPU, of the
-            process). With "policy" also `ratio_mean`, `ratio_max`, `clip_fraction_low`,
-            `clip_fraction_high`, `kl_mismatch` and `kl_mismatch_k3` (nats per token, sampler against
-            trainer), and `kl_reference` with a reference: means over the masked tokens seen.
+            Equal on all ranks but for `seconds`: `loss` and `grad_norm` (before clipping), means over the
+            optimizer steps; `learning_rate`, `applied` (optimizer steps), `tokens` (computed forward and
+            backward), `tokens_unshared` (had no prefix been shared) and `masked_tokens` over all ranks,
+            `seconds` of this rank, `peak_memory_bytes` of the largest rank during this update (device
+            memory; on a CPU, of the process). With "policy" also means over the masked tokens: the
+            diagnostics of `grpo.loss`, named in `Tally.means`.
 
         Raises:
             LearnerError: there is nothing to learn from; the loss or a gradient is not finite (on all
-                ranks alike, and no weight has changed); or a sample is malformed.
+                ranks alike, and no weight has changed since the last optimizer step); or a sample is
+                malformed.
         """
         started = time.perf_counter()
-        if not micro_batches or denominator < 1:
+        if not minibatches or any(m.denominator <= 0 or not m.micro_batches for m in minibatches):
             raise LearnerError(
                 "there is nothing to learn from",
-                given=f"{len(micro_batches)} micro-batches, {denominator} masked tokens",
+                given=[(len(m.micro_batches), m.denominator) for m in minibatches],
                 mend="skip the update when no sample has an advantage",
             )
-        packed = [pack(samples) for samples in micro_batches]
-        tally = _Tally(self._hardware.device)
-        for batch in packed:
-            terms = self._terms(batch, denominator, loss)
-            self._engine.backward(terms.loss)
-            tally.add(terms, batch)
-        sums, maxima = tally.reduce(self._engine)
-        if not math.isfinite(sums["loss"]):
+        self._memory.reset()
+        packed = [
+            [pack(samples, groups) for samples, groups in zip(m.micro_batches, m.groups, strict=True)]
+            for m in minibatches
+        ]
+        proximal = self._proximal_logprobs(packed, loss)
+        rate = learning_rate(self._config, step, loss)
+        total = Tally(self._hardware.device)
+        norms = []
+        for m, batches, before in zip(minibatches, packed, proximal, strict=True):
+            tally = Tally(self._hardware.device)
+            advantages, reference = self._rewarded(batches, loss, kl_coef)
+            for index, batch in enumerate(batches):
+                terms = self._terms(
+                    batch, m.denominator, loss, advantages[index], before[index], reference[index], kl_coef
+                )
+                self._engine.backward(terms.loss)
+                tally.add(terms, batch)
+            tally.reduce(self._engine)
+            norms.append(self._step(tally, rate, step))
+            total.merge(tally)
+        self._refresh_reference_after(step, loss)
+        peak = torch.zeros(self.world, dtype=torch.float64, device=self._hardware.device)
+        peak[self.rank] = self._memory.bytes()
+        return {
+            **total.means(loss, len(norms), reference=self._reference is not None),
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": rate,
+            "applied": float(len(norms)),
+            "peak_memory_bytes": float(self._engine.all_reduce(peak).max()),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _step(self, tally: Tally, rate: float, step: int) -> float:
+        """Apply what was accumulated; returns the gradient's norm."""
+        if not math.isfinite(tally.loss):
             raise LearnerError(
                 f"the loss of step {step} is not finite; no weight has changed",
-                given=sums["loss"],
+                given=tally.loss,
                 mend="look at kl_mismatch and grad_norm of the steps before; lower learner.learning_rate",
             )
-        rate = learning_rate(self._config, step, loss)
         result = self._engine.step(rate)
         if not result.applied:
             raise LearnerError(
@@ -159,39 +186,94 @@ class Learner:
                 given=result.grad_norm,
                 mend="lower learner.learning_rate, or set model.dtype='float32'",
             )
-        return {
-            **_means(sums, maxima, loss, self._reference is not None),
-            "grad_norm": result.grad_norm,
-            "learning_rate": rate,
-            "applied": 1.0,
-            "seconds": time.perf_counter() - started,
-        }
+        return result.grad_norm
 
-    def _terms(self, batch: PackedBatch, denominator: int, loss: LossKind) -> LossTerms:
-        temperature = self._config.rollout.temperature if loss == "policy" else 1.0
-        targets_M = self._tensor(batch.target_ids)
-        logprobs_M = token_logprobs(self._engine.forward(batch), targets_M, temperature)
+    def _terms(
+        self,
+        batch: PackedBatch,
+        denominator: float,
+        loss: LossKind,
+        advantages: torch.Tensor,
+        proximal: torch.Tensor | None,
+        reference: torch.Tensor | None,
+        kl_coef: float | None,
+    ) -> LossTerms:
+        objective = self._config.grpo
+        scores = self._score(batch, loss, entropy_gradient=loss == "policy" and objective.entropy_coef > 0)
         if batch.padding:
             # It must depend on the parameters, or ZeRO's collectives would wait for this rank.
-            return LossTerms(logprobs_M.sum() * 0.0, {}, {})
+            return LossTerms(scores.logprobs.sum() * 0.0, {}, {})
+        weights = self._tensor(batch.weights)
         if loss == "supervised":
-            return supervised_loss(logprobs_M, denominator=denominator)
-        reference_M = None
+            return supervised_loss(scores.logprobs, weights, denominator=denominator)
+        tokens = Tokens(
+            scores.logprobs, self._tensor(batch.sampler_logprobs), advantages, weights,
+            self._tensor(batch.rows), batch.samples, proximal, reference, scores.entropies,
+        )  # fmt: skip
+        return policy_loss(tokens, objective, denominator=denominator, kl_coef=kl_coef)
+
+    def _score(self, batch: PackedBatch, loss: LossKind, *, entropy_gradient: bool = False) -> Scores:
+        temperature = self._config.rollout.temperature if loss == "policy" else 1.0
+        return self._engine.score(batch, temperature, entropy_gradient=entropy_gradient)
+
+    @torch.no_grad()
+    def _proximal_logprobs(
+        self, packed: Sequence[Sequence[PackedBatch]], loss: LossKind
+    ) -> list[list[torch.Tensor | None]]:
+        """What the policy says before the first optimizer step moves it; None where no step comes before.
+
+        Every rank scores its padding too: under ZeRO 3 a forward pass is collective.
+        """
+        wanted = loss == "policy" and self._config.grpo.trust == "proximal"
+        return [
+            [self._score(batch, loss).logprobs if wanted and index else None for batch in batches]
+            for index, batches in enumerate(packed)
+        ]
+
+    @torch.no_grad()
+    def _rewarded(
+        self, batches: Sequence[PackedBatch], loss: LossKind, kl_coef: float | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """The advantages of each batch, the KL in the reward taken off, and the reference's log-probs.
+
+        The KL of a token's return is centred over the whole minibatch, so that it moves no mean.
+        """
+        objective, temperature = self._config.grpo, self._config.rollout.temperature
+        advantages = [self._tensor(batch.advantages) for batch in batches]
+        if self._reference is None or loss == "supervised":
+            return advantages, [None] * len(batches)
+        reference: list[torch.Tensor | None] = []
+        returns = []
+        for batch in batches:
+            reference_M = self._reference.logprobs(batch, temperature)
+            sampler_M = self._tensor(batch.sampler_logprobs)
+            estimates_M = kl_estimate(sampler_M, reference_M, objective.kl_estimator)
+            reference.append(reference_M)
+            returns.append(kl_returns(estimates_M, self._tensor(batch.rows), batch.samples))
+        if objective.kl_in == "reward":
+            real = [r.double() for r, batch in zip(returns, batches, strict=True) if not batch.padding]
+            sums = (
+                torch.stack([r.sum() for r in real]).sum() if real else torch.zeros((), dtype=torch.float64)
+            )
+            mean = torch.stack(
+                [sums.cpu(), torch.tensor(float(sum(len(r) for r in real)), dtype=torch.float64)]
+            )
+            total, count = self._engine.all_reduce(mean.to(self._hardware.device)).tolist()
+            coef = objective.kl_coef if kl_coef is None else kl_coef
+            advantages = [
+                a - coef * (r - total / max(1.0, count)) for a, r in zip(advantages, returns, strict=True)
+            ]
+        return advantages, reference
+
+    def refresh_reference(self) -> None:
+        """Make the policy as it is now the reference. Call it on all ranks; nothing without a reference."""
         if self._reference is not None:
-            with torch.no_grad():
-                logits = ragged_logits(self._reference, batch, self._hardware.device)
-                reference_M = token_logprobs(logits, targets_M, temperature)
-        grpo = self._config.grpo
-        return policy_loss(
-            logprobs_M,
-            self._tensor(batch.sampler_logprobs),
-            self._tensor(batch.advantages),
-            clip_low=grpo.clip_low,
-            clip_high=grpo.clip_high,
-            denominator=denominator,
-            reference_logprobs_N=reference_M,
-            kl_coef=grpo.kl_coef,
-        )
+            self._reference.refresh()
+
+    def _refresh_reference_after(self, step: int, loss: LossKind) -> None:
+        every = self._config.grpo.reference_every
+        if loss == "policy" and every and (step + 1) % every == 0:
+            self.refresh_reference()
 
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._hardware.device)
@@ -228,8 +310,10 @@ class Learner:
             CheckpointError: it cannot be written.
         """
         self._engine.save(folder, _ENGINE_TAG)
+        if self._reference is not None and self.rank == 0:
+            self._reference.save(folder)
         try:
-            torch.save(_random_states(), Path(folder) / f"random-{self.rank}.pt")
+            torch.save(random_states(), Path(folder) / f"random-{self.rank}.pt")
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"the random states cannot be written: {error}", given=str(folder)
@@ -238,112 +322,26 @@ class Learner:
     def load_state(self, folder: str | Path) -> None:
         """Continue exactly where `save_state` was called; only as the first call on a new learner.
 
-        Call it on all ranks. The number of ranks, the ZeRO stage and the dtype must be the same.
+        Call it on all ranks. The engine, its ZeRO stage and the dtype must be the same. The number of ranks
+        may differ: then the state is divided anew (see the engine), and ranks that did not exist keep the
+        random states that they began with.
 
         Raises:
             CheckpointError: the state is missing, incomplete, or of another layout.
         """
         self._engine.load(folder, _ENGINE_TAG)
+        if self._reference is not None:
+            self._reference.load(folder)
         path = Path(folder) / f"random-{self.rank}.pt"
+        if self.rank and not path.is_file():
+            return
         try:
             states = torch.load(path, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise CheckpointError(f"the random states cannot be read: {error}", given=str(path)) from error
-        _set_random_states(states)
+        set_random_states(states)
 
     def close(self) -> None:
         """Free the model and leave the process group."""
         self._engine.destroy()
         self._reference = None
-
-
-class _Tally:
-    """Diagnostics of a step: kept on the device, and reduced over the ranks by one collective."""
-
-    _KEYS = (*(f"sum/{name}" for name in (*SUMS, "packed")), *(f"max/{name}" for name in (*MAXIMA, "memory")))
-
-    def __init__(self, device: str) -> None:
-        self._row = torch.zeros(len(self._KEYS), dtype=torch.float64, device=device)
-        self._at = {key: index for index, key in enumerate(self._KEYS)}
-
-    def add(self, terms: LossTerms, batch: PackedBatch) -> None:
-        for name, value in terms.sums.items():
-            self._row[self._at[f"sum/{name}"]] += value
-        for name, value in terms.maxima.items():
-            at = self._at[f"max/{name}"]
-            self._row[at] = torch.maximum(self._row[at], value)
-        self._row[self._at["sum/packed"]] += batch.tokens
-
-    def reduce(self, engine: DeepSpeedEngine) -> tuple[dict[str, float], dict[str, float]]:
-        """Sums and maxima over all ranks, the same on each."""
-        self._row[self._at["max/memory"]] = _peak_memory(self._row.device.type)
-        # Each rank fills its own row: the sum gathers all rows, whatever is then taken of them.
-        rows = torch.zeros(engine.world, len(self._KEYS), dtype=torch.float64, device=self._row.device)
-        rows[engine.rank] = self._row
-        table = engine.all_reduce(rows).cpu()
-        totals = dict(zip(self._KEYS, table.sum(0).tolist(), strict=True))
-        largest = dict(zip(self._KEYS, table.amax(0).tolist(), strict=True))
-        return (
-            {key.removeprefix("sum/"): value for key, value in totals.items() if key.startswith("sum/")},
-            {key.removeprefix("max/"): value for key, value in largest.items() if key.startswith("max/")},
-        )
-
-
-def _means(
-    sums: dict[str, float], maxima: dict[str, float], loss: LossKind, reference: bool
-) -> dict[str, float]:
-    tokens = max(1.0, sums["tokens"])
-    metrics = {
-        "loss": sums["loss"],
-        "tokens": sums["packed"],
-        "masked_tokens": sums["tokens"],
-        "peak_memory_bytes": maxima["memory"],
-    }
-    if loss == "supervised":
-        return metrics
-    if reference:
-        metrics["kl_reference"] = sums["kl_reference"] / tokens
-    return metrics | {
-        "ratio_mean": sums["ratio"] / tokens,
-        "ratio_max": maxima["ratio"],
-        "clip_fraction_low": sums["clipped_low"] / tokens,
-        "clip_fraction_high": sums["clipped_high"] / tokens,
-        "kl_mismatch": sums["mismatch_k1"] / tokens,
-        "kl_mismatch_k3": sums["mismatch_k3"] / tokens,
-    }
-
-
-def _peak_memory(device: str) -> float:
-    if device == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    unit = 1 if os.uname().sysname == "Darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def _frozen(name: str, hardware: Hardware) -> Any:
-    return load_model(name, hardware).requires_grad_(False)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _random_states() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])

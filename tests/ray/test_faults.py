@@ -49,7 +49,7 @@ def whole(run: Run) -> list[int]:
     """The ids of both workers, as soon as both are there."""
     Playground.plan = {}
     while len(pids := run.pool.pids) < 2:
-        run.collect(run.jobs(run.step))  # looks after workers that come back
+        run.collect(run.step)  # looks after workers that come back
     return pids
 
 
@@ -93,7 +93,9 @@ def test_a_step_of_broken_conversations_trains_nothing(run: Run) -> None:
     assert play(run, {})["policy_version"] == version + 1
 
 
-def test_a_killed_worker_loses_no_group(run: Run, tmp_path: Path) -> None:
+def test_bug_37_a_killed_worker_loses_no_group_and_comes_back_with_the_weights_of_now(
+    run: Run, tmp_path: Path
+) -> None:
     """SIGKILL while all conversations of a worker are under way."""
     before = whole(run)
     killed: list[int] = []
@@ -146,7 +148,7 @@ def test_a_broken_engine_is_tried_again_and_then_reported(run: Run) -> None:
     Playground.plan = {}
     run.pool.weights = PublishedWeights(10**6, (ray.put(broken),))
     try:
-        collected = run.collect(run.jobs(run.step))
+        collected = run.collect(run.step)
     finally:
         run.pool.weights = good
     counts = policy_batch(collected, run.config).counts
@@ -160,14 +162,15 @@ def test_a_broken_engine_is_tried_again_and_then_reported(run: Run) -> None:
 def test_shuffled_rewards_are_those_of_the_group(run: Run) -> None:
     """The control: the same credits in every group, in another order."""
     Playground.plan = {}
-    collected = run.collect(run.jobs(run.step))
+    collected = run.collect(run.step)
     shuffle = run.config.with_overrides(["grpo.shuffle_rewards=true", "grpo.advantage=mean"])
     plain, control = (
         {
-            (size.payload, size.size.trajectory): size.advantage
-            for size in policy_batch(
+            (sample.payload, sample.size.trajectory): sample.advantages[0]
+            for update in policy_batch(
                 replace(collected, counts=copy.deepcopy(collected.counts)), config
-            ).samples
+            ).updates
+            for sample in update.samples
         }
         for config in (run.config, shuffle)
     )

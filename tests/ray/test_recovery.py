@@ -14,11 +14,11 @@ from playground import gone, on_fifo, small
 
 from stateset_ray import checkpoint
 from stateset_ray.actors.jobs import SampleSize
-from stateset_ray.actors.learner_group import SampleRef, learner_group
+from stateset_ray.actors.learner_group import SampleRef, UpdateBatch, learner_group
 from stateset_ray.actors.placement import place
 from stateset_ray.actors.run import open_run
 from stateset_ray.config import Config
-from stateset_ray.errors import CheckpointError, LearnerError
+from stateset_ray.errors import CheckpointError, LearnerError, LearnerLost
 from stateset_ray.metrics import JsonLines
 from stateset_ray.train import train, train_step
 
@@ -47,7 +47,7 @@ def whole(config: Config) -> checkpoint.Checkpoint | None:
 
 
 def test_a_killed_learner_ends_the_run_which_can_be_resumed(tmp_path: Path) -> None:
-    config = small(tmp_path, *EVERY, "learner.ranks=2", "train.steps=3")
+    config = small(tmp_path, *EVERY, "learner.ranks=2", "train.steps=3", "learner.restarts=0")
     with open_run(config) as run:
         train_step(run, 0)
         train_step(run, 1)
@@ -68,13 +68,45 @@ def test_a_killed_learner_ends_the_run_which_can_be_resumed(tmp_path: Path) -> N
     assert abs(records[2]["kl_mismatch"]) < 1e-4
 
 
+def test_a_killed_learner_is_rebuilt_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """SIGKILL of a rank between two steps: back to the last checkpoint, and the same weights at the end."""
+    straight = small(tmp_path / "straight", "train.steps=4", "train.checkpoint_every=1")
+    train(straight)
+    config = small(tmp_path / "hit", "train.steps=4", "train.checkpoint_every=1", "train.keep_checkpoints=9")
+    workers: list[list[int]] = []
+    seen: list[str] = []
+    with open_run(config, on_event=lambda event: seen.append(str(event["event"]))) as run:
+        for step in run.steps():
+            workers.append(run.pool.pids)
+            if step == 2 and not run.learners.restarts:
+                [rank] = run.learners.pids
+                os.kill(rank, signal.SIGKILL)
+                with pytest.raises(LearnerLost) as caught:
+                    train_step(run, step)
+                run.recover(caught.value)
+                assert run.step == 2
+                assert run.learners.pids != [rank]
+                continue
+            train_step(run, step)
+        run.finish()
+    assert len({tuple(pids) for pids in workers}) == 1  # no rollout worker was started anew
+    assert "learner_lost" in seen
+    assert "learner_rebuilt" in seen
+    mine, theirs = whole(config), whole(straight)
+    assert mine and theirs
+    name = "model.safetensors"
+    assert (mine.path / name).read_bytes() == (theirs.path / name).read_bytes()
+    records = JsonLines(config.run.folder / "metrics.jsonl").read()
+    assert [record["policy_version"] for record in records] == [1, 2, 3, 4]
+
+
 def test_whatever_a_rank_raises_ends_all_of_them_with_one_kind_of_error(tmp_path: Path) -> None:
     """As when a collective breaks under the peers of a dead rank, which may be heard before its death."""
     config = small(tmp_path)
     with place(config) as placement, learner_group(config, placement) as learners:
-        lost = SampleRef(ray.put("no group"), SampleSize(trajectory=0, row=0, tokens=9, masked=3), 1.0)
+        lost = SampleRef(ray.put("no group"), SampleSize(trajectory=0, row=0, tokens=9, masked=3), (1.0,))
         with pytest.raises(LearnerError, match="AttributeError: 'str' object") as caught:
-            learners.update([lost], 3, 0)
+            learners.update([UpdateBatch([lost], 3.0)], 0)
         assert gone(learners.pids)
     assert "--resume" in caught.value.mend
 

@@ -9,6 +9,7 @@ seconds, so that one pair of processes plays everything.
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import StatesetError
-from stateset_ray.learner.batch import plan
+from stateset_ray.learner.batch import Item, MiniBatch, plan
 from stateset_ray.learner.learner import Learner
 from stateset_ray.models import Hardware, load_model, state_tensors
 from stateset_ray.policies.weights import decode
@@ -49,8 +50,14 @@ def batch() -> list[Sample]:
         ids[-1] = (0, 2, ids[-1])[len(rows) % 3]
         logprobs = np.where(mask, -5.5 + 0.3 * rng.normal(size=n), 0).astype(np.float32)
         advantages = np.where(mask, rng.normal(), 0).astype(np.float32)
-        rows.append(Sample(ids, mask, logprobs, advantages, np.where(mask, 0, -1).astype(np.int32)))
+        none = np.where(mask, 0, -1).astype(np.int32)
+        rows.append(Sample(ids, mask, logprobs, advantages, none, none))
     return rows
+
+
+def minibatch(rows: list[list[Sample]], denominator: float) -> MiniBatch:
+    """Micro-batches that share nothing."""
+    return MiniBatch(rows, [range(len(samples)) for samples in rows], denominator)
 
 
 def masked(samples: list[Sample]) -> int:
@@ -76,11 +83,12 @@ class Rank:
         samples = batch()
         mine = (cut or self.cuts()["planned"])[self.rank]
         rows = [[samples[i] for i in indices] for indices in mine]
-        return [learner.update(rows, masked(samples), step, loss) for step in steps]  # type: ignore[arg-type]
+        part = minibatch(rows, masked(samples))
+        return [learner.update([part], step, loss) for step in steps]  # type: ignore[arg-type]
 
     def cuts(self) -> dict[str, list[list[list[int]]]]:
         """`[rank][micro_batch]` -> samples, in several ways that must not matter."""
-        planned = plan([len(sample) for sample in batch()], self.world, 48)
+        planned = plan([Item(len(sample)) for sample in batch()], self.world, 48)
         if self.world == 1:
             return {
                 "planned": planned,
@@ -165,11 +173,6 @@ def resume(place: Rank, stage: int) -> None:
 def damaged_checkpoints(place: Rank) -> None:
     state = place.folder / "checkpoint-1-1" / "state" / "engine"
     learner = place.learner(config())
-    layout = state / "layout.json"
-    good = layout.read_text()
-    layout.write_text(good.replace('"ranks": 1', '"ranks": 2'))
-    place.results["other ranks"] = error_of(lambda: learner.load_state(state.parent))
-    layout.write_text(good)
     [share] = state.glob("*_optim_states.pt")
     share.unlink()
     place.results["missing share"] = error_of(lambda: learner.load_state(state.parent))
@@ -186,15 +189,18 @@ def not_finite(place: Rank) -> None:
             first = rows[0]
             negative = np.where(first.loss_mask, -1, 0).astype(np.float32)
             far = np.where(first.loss_mask, -1e4, 0).astype(np.float32)
-            rows[0] = Sample(first.token_ids, first.loss_mask, far, negative, first.versions)
+            rows[0] = replace(first, logprobs=far, advantages=negative)
         name = f"infinite loss {stage}"
-        place.results[name] = error_of(lambda: learner.update([rows], masked(batch()), 0))  # noqa: B023
+        place.results[name] = error_of(
+            lambda: learner.update([minibatch([rows], masked(batch()))], 0)  # noqa: B023
+        )
         place.keep(f"after {stage}", learner, [])
         learner.close()
 
     learner = place.learner(config())
-    place.results["nothing"] = error_of(lambda: learner.update([], 10, 0))
-    layer = learner._engine._engine.module.model.layers[0].mlp.up_proj
+    place.results["nothing"] = error_of(lambda: learner.update([], 0))
+    modules = dict(learner._engine._engine.module.named_modules())
+    [layer] = [module for name, module in modules.items() if name.endswith("layers.0.mlp.up_proj")]
 
     def spoil(_: Any, __: Any, output: torch.Tensor) -> None:
         if place.rank == 0:

@@ -102,7 +102,7 @@ ADVERSARIES: dict[str, Reply] = {
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_no_adversary_earns_anything_on_any_task(name: str, difficulty: int) -> None:
+def test_bug_32_no_adversary_earns_anything_on_any_task(name: str, difficulty: int) -> None:
     env = CustomerService(difficulty)
     for split in SPLITS:
         for index in range(24):

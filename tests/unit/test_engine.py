@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stateset_ray.errors import InfrastructureFault, ModelError
-from stateset_ray.models import CausalRows, load_model, state_tensors
+from stateset_ray.models import TreeRows, load_model, state_tensors
 from stateset_ray.policies.base import ReplyRequest
 from stateset_ray.policies.transformers_engine import TransformersEngine
 
@@ -28,14 +28,14 @@ def scored(model, prompt, reply, temperature):
     with torch.no_grad():
         logits = model(
             input_ids=ids, position_ids=torch.arange(ids.shape[1])[None],
-            rows=CausalRows((ids.shape[1],)), use_cache=False,
+            rows=TreeRows([(ids.shape[1], -1)]), use_cache=False,
         ).logits[0, len(prompt) - 1 : -1]  # fmt: skip
     rows = torch.log_softmax(logits.float() / temperature, -1)
     return rows.gather(1, torch.tensor(reply)[:, None])[:, 0].numpy()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_the_sampled_distribution_over_turns(tiny, hardware, temperature):
+def test_bug_10_logprobs_are_those_of_the_sampled_distribution_over_turns(tiny, hardware, temperature):
     rng = np.random.default_rng(0)
 
     async def talk(engine, index):
@@ -98,7 +98,7 @@ def test_sampling_follows_the_distribution(tiny, hardware):
     with torch.no_grad():
         ids = torch.tensor([prompt])
         logits = tiny(
-            input_ids=ids, position_ids=torch.arange(20)[None], rows=CausalRows((20,)), use_cache=False
+            input_ids=ids, position_ids=torch.arange(20)[None], rows=TreeRows([(20, -1)]), use_cache=False
         )
     probabilities = torch.softmax(logits.logits[0, -1] / 0.5, -1).double().numpy()
 
@@ -125,13 +125,13 @@ def test_greedy_is_the_argmax_and_certain(tiny, hardware):
     ids = torch.tensor([[*range(5, 25)]])
     with torch.no_grad():
         logits = tiny(
-            input_ids=ids, position_ids=torch.arange(20)[None], rows=CausalRows((20,)), use_cache=False
+            input_ids=ids, position_ids=torch.arange(20)[None], rows=TreeRows([(20, -1)]), use_cache=False
         )
     assert reply.token_ids[0] == int(logits.logits[0, -1].argmax())
     assert set(reply.logprobs) == {0.0}
 
 
-def test_new_weights_come_between_turns_and_forget_every_cache(hardware):
+def test_bug_21_new_weights_come_between_turns_and_forget_every_cache(hardware):
     model = load_model("tiny", hardware)
     changed = {
         name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in state_tensors(model).items()

@@ -151,9 +151,9 @@ def test_zero_2_sums_all_micro_batches_on_one_rank_and_two(one: Played, two: Pla
 
 
 def test_the_plan_of_these_tests_has_three_micro_batches_or_more(one: Played) -> None:
-    from stateset_ray.learner.batch import plan
+    from stateset_ray.learner.batch import Item, plan
 
-    assert len(plan([len(sample) for sample in batch()], 1, 48)[0]) >= 3
+    assert len(plan([Item(len(sample)) for sample in batch()], 1, 48)[0]) >= 3
 
 
 def test_supervised_loss_goes_the_same_way(one: Played) -> None:
@@ -230,7 +230,6 @@ def test_resume_is_exact_on_two_ranks_under_zero_3(two: Played) -> None:
 def test_checkpoints_that_cannot_be_continued_are_refused(one: Played) -> None:
     assert "no complete engine state" in one["resume 1 missing"]
     assert "build a new learner" in one["resume 1 load into a used one"]
-    assert "learner.ranks" in one["other ranks"]
     assert "0 of 1 ranks" in one["missing share"]
 
 

@@ -12,7 +12,7 @@ import torch
 from stateset_ray.config import ModelConfig, load_config
 from stateset_ray.errors import ConfigError, ModelError
 from stateset_ray.models import (
-    CausalRows,
+    TreeRows,
     check_fits,
     choose_hardware,
     count_parameters,
@@ -27,9 +27,10 @@ def test_rows_never_see_each_other(tiny):
     ids = torch.randint(3, 250, (1, 30))
     positions = torch.cat([torch.arange(18), torch.arange(12)])[None]
     with torch.no_grad():
-        both = tiny(input_ids=ids, position_ids=positions, rows=CausalRows((18, 12)), use_cache=False).logits
+        rows = TreeRows([(18, -1), (12, -1)])
+        both = tiny(input_ids=ids, position_ids=positions, rows=rows, use_cache=False).logits
         second = tiny(
-            input_ids=ids[:, 18:], position_ids=positions[:, 18:], rows=CausalRows((12,)), use_cache=False
+            input_ids=ids[:, 18:], position_ids=positions[:, 18:], rows=TreeRows([(12, -1)]), use_cache=False
         ).logits
     assert torch.allclose(both[:, 18:], second, atol=1e-5)
 
@@ -43,7 +44,7 @@ def test_ragged_attention_is_the_models_own(hardware):
     with torch.no_grad():
         expected = plain(input_ids=ids, use_cache=False).logits
         got = ours(
-            input_ids=ids, position_ids=torch.arange(25)[None], rows=CausalRows((25,)), use_cache=False
+            input_ids=ids, position_ids=torch.arange(25)[None], rows=TreeRows([(25, -1)]), use_cache=False
         ).logits
     assert torch.allclose(expected, got, atol=1e-5)
 

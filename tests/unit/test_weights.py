@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stateset_ray.actors.weights import PARTS, split
 from stateset_ray.policies.weights import decode, encode
 
 
@@ -39,3 +40,16 @@ def test_read_only_arrays_are_decoded_without_a_warning() -> None:
 def test_uint16_is_refused() -> None:
     with pytest.raises(TypeError, match="bfloat16"):
         encode(torch.from_numpy(np.zeros(2, dtype=np.uint16)))
+
+
+@pytest.mark.parametrize("parameters", [1, 3, 3000])
+def test_bug_38_a_version_travels_in_as_many_parts_however_many_parameters(parameters: int) -> None:
+    """So that the remote calls of a publication do not grow with the model."""
+    arrays = {f"layer.{i}": np.zeros(1 + i % 7, np.float32) for i in range(parameters)}
+    parts = split(arrays)
+    assert len(parts) == PARTS
+    assert {name: array.nbytes for part in parts for name, array in part.items()} == {
+        name: array.nbytes for name, array in arrays.items()
+    }
+    sizes = [sum(array.nbytes for array in part.values()) for part in parts]
+    assert max(sizes) - min(sizes) <= 28  # the largest array

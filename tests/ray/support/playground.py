@@ -21,7 +21,7 @@ from stateset_ray.config import Config, load_config
 from stateset_ray.environments.echo import Echo
 from stateset_ray.types import Message, Split, Step, Task
 
-__all__ = ["Constant", "Playground", "gone", "on_fifo", "small"]
+__all__ = ["Constant", "EveryOther", "Playground", "gone", "on_fifo", "small"]
 
 _SMALL = (
     "model.name=tiny",
@@ -78,6 +78,18 @@ class Constant(Echo):
 
     async def step(self, message: Message) -> Step:
         return replace(await super().step(message), reward=0.25)
+
+
+class EveryOther(Echo):
+    """Every reply earns the same in every other task, by its index."""
+
+    async def reset(self, task: Task, seed: int) -> Step:
+        self._dull = int(task.id.rpartition("-")[2]) % 2 == 0
+        return await super().reset(task, seed)
+
+    async def step(self, message: Message) -> Step:
+        step = await super().step(message)
+        return replace(step, reward=0.25) if self._dull else step
 
 
 class Playground(Echo):
