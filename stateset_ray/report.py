@@ -134,6 +134,11 @@ class Progress:
             if where
             else "no checkpoint yet: from the start"
         )
+        if event.get("ranks_then", 0) != event.get("ranks", 0):
+            self._say(
+                f"the optimizer's state of {event['ranks_then']} learner ranks was divided anew among "
+                f"{event['ranks']}; the checkpoint is as it was"
+            )
 
     def _on_evaluation(self, event: Mapping[str, Any]) -> None:
         failed = f"  failed {event['failed']}" if event["failed"] else ""

@@ -178,6 +178,7 @@ class Run:
             "seconds": self._elapsed(),
             "next_task": self._tasks.position,
             "kl_coef": self.kl_coef,
+            "ranks": self.config.learner.ranks,
         }
         root = self.folder / "checkpoints"
         keep = self.config.train.keep_checkpoints
@@ -213,8 +214,10 @@ class Run:
         found = checkpoint.latest(self.folder / "checkpoints")
         step, version, results = 0, 0, {}
         self._tasks.rewind(None)
+        ranks = [self.config.learner.ranks] * 2
         if found is not None:
             self.learners.load(found.path)
+            ranks[0] = int(found.meta.get("ranks", ranks[1]))
             step, version, results = found.step, int(found.meta["version"]), dict(found.meta["results"])
             self._tasks.rewind(int(found.meta["next_task"]))
             self.kl_coef = float(found.meta.get("kl_coef", self.kl_coef))
@@ -225,7 +228,8 @@ class Run:
         self._empty = 0
         self._metrics.rewind(step)
         self._trajectories.rewind(step)
-        self.emit("resumed", step=step, checkpoint=str(found.path) if found else None)
+        where = str(found.path) if found else None
+        self.emit("resumed", step=step, checkpoint=where, ranks_then=ranks[0], ranks=ranks[1])
 
     def finish(self) -> dict[str, Any]:
         """Write the last checkpoint and `summary.json`; returns the summary."""

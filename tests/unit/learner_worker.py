@@ -170,6 +170,18 @@ def resume(place: Rank, stage: int) -> None:
     learner.close()
 
 
+def perturbed(place: Rank) -> None:
+    """As a search over hyper-parameters does it: the state of one trial under the settings of another."""
+    settings = config("learner.learning_rate=5e-4", "learner.betas=[0.5,0.6]", "learner.weight_decay=0.25")
+    learner = place.learner(settings, str(place.folder / "checkpoint-1-1" / "model"))
+    learner.load_state(place.folder / "checkpoint-1-1" / "state")
+    [metrics] = place.train(learner, range(2, 3))
+    [group] = learner._engine._engine.optimizer.param_groups  # type: ignore[attr-defined]
+    live = [group["lr"], *group["betas"], group["weight_decay"]]
+    place.results["perturbed"] = [metrics["learning_rate"], live]
+    learner.close()
+
+
 def damaged_checkpoints(place: Rank) -> None:
     state = place.folder / "checkpoint-1-1" / "state" / "engine"
     learner = place.learner(config())
@@ -230,6 +242,7 @@ def main() -> None:
         variants(place)
         names(place)
         resume(place, 1)
+        perturbed(place)
         damaged_checkpoints(place)
     else:
         resume(place, 3)

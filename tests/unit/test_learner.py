@@ -227,6 +227,13 @@ def test_resume_is_exact_on_two_ranks_under_zero_3(two: Played) -> None:
     assert two.ranks[0]["resume 3 draws"] != two.ranks[1]["resume 3 draws"]
 
 
+def test_bug_34_perturbed_hyper_parameters_are_live_after_restore(one: Played) -> None:
+    """Read inside the optimizer, after a step: an optimizer's state brings its old ones along."""
+    reported, live = one["perturbed"]
+    assert reported == 5e-4
+    assert live == [5e-4, 0.5, 0.6, 0.25]
+
+
 def test_checkpoints_that_cannot_be_continued_are_refused(one: Played) -> None:
     assert "no complete engine state" in one["resume 1 missing"]
     assert "build a new learner" in one["resume 1 load into a used one"]

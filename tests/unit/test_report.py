@@ -140,6 +140,37 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
     assert text.endswith("go on with: stateset-ray train runs/demo --resume\n")
 
 
+def test_another_number_of_ranks_is_told() -> None:
+    resumed = {"event": "resumed", "step": 4, "checkpoint": "step-4", "ranks_then": 1, "ranks": 2}
+    assert "state of 1 learner ranks was divided anew among 2" in shown(resumed)
+    assert "divided" not in shown({**resumed, "ranks": 1})
+
+
+def test_a_warning_names_the_problem_and_the_mend_and_is_not_repeated_at_every_step() -> None:
+    warning = {
+        "event": "warning", "step": 0, "name": "equal_rewards", "text": "all groups have equal rewards",
+        "mend": "make the task easier", "fatal": False,
+    }  # fmt: skip
+    text = shown(*[{**warning, "step": step} for step in range(11)])
+    assert text.count("equal_rewards: all groups have equal rewards") == 2
+    assert "(seen in 11 steps)" in text
+    assert "to mend: make the task easier" in text
+
+
+def test_a_lost_learner_is_told_with_its_return() -> None:
+    text = shown(
+        {"event": "learner_lost", "step": 4, "error": "a learner rank failed during an update"},
+        {"event": "learner_rebuilt", "step": 3, "seconds": 11.5},
+    )
+    assert "in step 5: a learner rank failed" in text
+    assert "back after 11.5 s, at step 3" in text
+
+
+def test_the_objective_is_printed_at_the_start() -> None:
+    opened = {"event": "opened", "folder": "runs/demo", "model": "tiny", "resume": False}
+    assert "objective  dapo: advantage mean_std" in shown({**opened, "objective": "dapo: advantage mean_std"})
+
+
 def test_an_evaluation() -> None:
     console, out = screen()
     show_evaluation(
