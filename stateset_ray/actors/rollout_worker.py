@@ -123,6 +123,9 @@ class RolloutWorker:
     async def _hold(self, engine: TransformersEngine, version: int, weights: Mapping[str, Any]) -> None:
         async with self._loading:
             if (engine.version, self._lineage) == (version, weights["lineage"]):
+                # What is played must not depend, to the last bit, on what was played before with the same
+                # weights: an evaluation, say, which a resumed run does not repeat.
+                engine.forget()
                 return
             if not weights["refs"]:  # nothing was published: the weights it was built with
                 engine.version = version

@@ -129,6 +129,11 @@ class TransformersEngine:
         """Forget a conversation; see `Policy.release`."""
         self._cache.release(conversation)
 
+    def forget(self) -> None:
+        """Drop every cached key and value, unless a turn is under way that needs its own."""
+        if not self._running and not self._waiting:
+            self._cache.clear()
+
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take new weights between turns; every cached key and value is forgotten.
 
