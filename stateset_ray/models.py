@@ -119,8 +119,16 @@ def _ragged_attention(
     *,
     rows: Rows,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
+    if softcap is not None or s_aux is not None:
+        raise ModelError(
+            "this model's attention caps its logits or has sinks, which is not driven here",
+            given=type(module).__name__,
+            mend="choose a Llama, Qwen, Mistral or SmolLM style model",
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     return rows.attend(layer, query, key, value, scale), None

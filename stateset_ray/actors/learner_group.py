@@ -8,6 +8,7 @@ checkpoint, which is whole; any other error stops the run.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from stateset_ray.models import choose_hardware
 from stateset_ray.types import Sample
 
 __all__ = ["LearnerGroup", "LearnerRank", "SampleRef", "UpdateBatch", "learner_group"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,15 @@ class LearnerGroup:
             StatesetError: a rank could not be set up; the cause is passed on.
             WaitTimeout: not ready within `cluster.wait_seconds`.
         """
+        try:
+            self._meet()
+        except LearnerError as error:
+            # The port was free when it was chosen, and may have been taken before it was used.
+            _log.warning("the learner ranks are created once more: %s", error.problem)
+            self.end()
+            self._meet()
+
+    def _meet(self) -> None:
         limit = self._config.cluster.wait_seconds
         self._ranks = [self._make(rank) for rank in range(self._config.learner.ranks)]
         found = get(

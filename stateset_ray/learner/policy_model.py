@@ -25,7 +25,7 @@ from stateset_ray.learner.batch import PackedBatch
 from stateset_ray.learner.trainable import freeze
 from stateset_ray.models import TreeRows, state_tensors
 
-__all__ = ["Gather", "PolicyModel", "TokenScores", "buckets"]
+__all__ = ["Gather", "PolicyModel", "TokenScores", "after_the_head", "buckets"]
 
 _ENTROPY_ROWS = 16
 """Rows of logits whose probabilities exist at one time where the entropy needs no gradient."""
@@ -54,7 +54,7 @@ class PolicyModel(nn.Module):
 
     def __init__(self, model: Any, config: LearnerConfig) -> None:
         super().__init__()
-        between = _after_the_head(model)
+        between = after_the_head(model)
         self._device = str(model.device)
         # Named before anything divides or wraps them: under ZeRO 3, tied ones can no longer be told apart.
         every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -230,7 +230,7 @@ def _entropies(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:
     return -(logprobs_CV.exp() * logprobs_CV).sum(-1)
 
 
-def _after_the_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def after_the_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """What this model does to the output layer's logits, checked against its own forward pass.
 
     Gemma caps them, Granite and Cohere scale them. A model that does something else is refused: its

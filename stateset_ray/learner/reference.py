@@ -13,6 +13,7 @@ from stateset_ray.errors import CheckpointError
 from stateset_ray.grpo.loss import token_logprobs
 from stateset_ray.learner.batch import PackedBatch
 from stateset_ray.learner.engine import LearnerEngine
+from stateset_ray.learner.policy_model import after_the_head
 from stateset_ray.models import Hardware, TreeRows, load_model, state_tensors
 
 __all__ = ["Reference"]
@@ -44,6 +45,7 @@ class Reference:
         if self._named or config.learner.lora.rank == 0:
             self._model = load_model(config.grpo.reference or config.model.name, hardware)
             self._model.requires_grad_(False)
+            self._between = after_the_head(self._model)
             self._chunk = config.learner.logit_chunk
 
     @torch.no_grad()
@@ -55,7 +57,7 @@ class Reference:
         device = self._hardware.device
         targets_M = torch.from_numpy(packed.target_ids).to(device)
         indices_M = torch.from_numpy(packed.logit_indices).to(device)
-        output = self._model.get_decoder()(
+        output = self._model.base_model(
             input_ids=torch.from_numpy(packed.input_ids).to(device),
             position_ids=torch.from_numpy(packed.position_ids).to(device),
             rows=TreeRows(packed.segments, device),
@@ -63,7 +65,9 @@ class Reference:
         )
         hidden_MH, head = output.last_hidden_state[0, indices_M], self._model.get_output_embeddings()
         parts = zip(hidden_MH.split(self._chunk), targets_M.split(self._chunk), strict=True)
-        return torch.cat([token_logprobs(head(hidden), ids, temperature) for hidden, ids in parts])
+        return torch.cat(
+            [token_logprobs(self._between(head(hidden)), ids, temperature) for hidden, ids in parts]
+        )
 
     def refresh(self) -> None:
         """Take over the policy's weights, unless the reference is another model or lies under adapters."""

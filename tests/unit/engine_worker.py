@@ -3,7 +3,7 @@
 A process group and DeepSpeed's globals would leak into the tests beside it; and starting a process costs
 seconds, so that one pair of processes plays many scenarios.
 
-    python engine_worker.py FOLDER SCENARIOS RANK WORLD PORT...
+    python engine_worker.py FOLDER SCENARIOS RANK WORLD [ENGINE...]
 """
 
 import hashlib
@@ -11,9 +11,11 @@ import json
 import logging
 import math
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +115,32 @@ def loss_of(engine: LearnerEngine, packed: PackedBatch, entropy: float = 0.0) ->
 class Rank:
     """What the scenarios share: this rank's place, and where results go."""
 
-    def __init__(self, folder: Path, rank: int, world: int, ports: list[int]) -> None:
+    def __init__(self, folder: Path, rank: int, world: int, scenarios: str) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self.ports = iter(ports)
+        self.groups = (folder / f"port-{scenarios}-{world}-{number}" for number in count())
         self.results: dict[str, Any] = {}
 
+    def master(self) -> tuple[str, int]:
+        """Where the next group meets: a port of its own, chosen when it is needed and not long before."""
+        path = next(self.groups)
+        if self.world == 1:
+            return "127.0.0.1", 0
+        if self.rank == 0:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            path.with_suffix(".new").write_text(str(port))
+            path.with_suffix(".new").rename(path)
+            return "127.0.0.1", port
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            assert time.monotonic() < deadline, "rank 0 did not say where to meet"
+            time.sleep(0.01)
+        return "127.0.0.1", int(path.read_text())
+
     def engine(self, *overrides: str, hardware: Hardware = CPU, model: str = "tiny") -> LearnerEngine:
-        # A port for each group: on the last one's, a quick rank would meet the store that is going away.
-        settings = config(*overrides).learner
-        master = ("127.0.0.1", next(self.ports))
-        return build_engine(load_model(model, hardware), settings, hardware, self.rank, self.world, master)
+        settings, whole = config(*overrides).learner, load_model(model, hardware)
+        return build_engine(whole, settings, hardware, self.rank, self.world, self.master())
 
     def step(
         self, engine: LearnerEngine, cut: Cut, rate: float = 0.0, shared: bool = True, entropy: float = 0.0
@@ -346,8 +364,7 @@ def fresh(place: Rank, name: str, *overrides: str) -> LearnerEngine:
         for parameter in model.parameters():
             parameter.mul_(1.5)
     settings = config(*SAVED[name], MOMENTS, *overrides).learner
-    master = ("127.0.0.1", next(place.ports))
-    return build_engine(model, settings, hardware_of(name), place.rank, place.world, master)
+    return build_engine(model, settings, hardware_of(name), place.rank, place.world, place.master())
 
 
 def saving(place: Rank, names: Sequence[str]) -> None:
@@ -395,7 +412,7 @@ def moved(place: Rank, names: Sequence[str]) -> None:
             "losses": [(loss, r.grad_norm) for loss, r in losses],
             "log": list(records),
             "untouched": before == fingerprint(folder),
-            "left": [path.name for path in place.folder.iterdir() if ".tmp-" in path.name],
+            "left": [path.name for path in place.folder.glob(f"{folder.name}.tmp-*")],
         }
         records.clear()
         engine.destroy()
@@ -464,7 +481,7 @@ def refused(place: Rank) -> None:
     next((broken / "engine").glob("*_optim_states.pt")).write_bytes(b"not a state")
     engine = fresh(place, "zero 1")
     found["unreadable"] = error_of(lambda: engine.load(broken, "engine"))
-    found["left"] = [path.name for path in place.folder.iterdir() if ".tmp-" in path.name]
+    found["left"] = [path.name for path in place.folder.glob("unreadable.tmp-*")]
     engine.destroy()
 
 
@@ -472,7 +489,7 @@ SAVED_QUICK = ("torch", "zero 0", "zero 1", "zero 3 lora")
 REST = [name for name in ENGINES if name not in QUICK]
 VARIED = ("torch", "zero 3")
 VARIED_ALL = ("torch", "zero 0", "zero 1", "zero 2", "zero 3")
-CLIPPED = ("torch", "zero 0", "zero 1", "zero 2", "zero 3", "zero 3 offload all")
+CLIPPED = ("torch", "zero 0", "zero 1", "zero 2", "zero 3")
 CLIPPED_REST = [name for name in ENGINES if name not in CLIPPED]
 ADAPTED = ("torch", "zero 2", "zero 3")
 ADAPTED_REST = [name for name in ENGINES if name not in ADAPTED]
@@ -501,8 +518,11 @@ SCENARIOS: dict[str, Callable[[Rank], None]] = {
 
 def main() -> None:
     folder, scenarios, rank, world = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    global CLIPPED, QUICK
+    if chosen := sys.argv[5:]:
+        QUICK, CLIPPED = tuple(chosen), tuple(name for name in CLIPPED if name in chosen)
     torch.set_num_threads(1)
-    place = Rank(folder, rank, world, [int(port) for port in sys.argv[5:]])
+    place = Rank(folder, rank, world, scenarios)
     for scenario in scenarios.split(","):
         started = time.process_time()
         SCENARIOS[scenario](place)

@@ -103,3 +103,13 @@ def test_two_processes_may_build_a_model_at_once(tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert len(said) == 1
     assert sorted(p.name for p in (tmp_path / "models").iterdir() if p.is_dir()) == [Path(said.pop()).name]
+
+
+@pytest.mark.parametrize("more", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
+def test_attention_that_is_not_plain_is_refused(more):
+    """Dropped without a word, it would make another policy of the model, in sampler and learner alike."""
+    from stateset_ray.models import _ragged_attention
+
+    q = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ModelError, match="caps its logits or has sinks"):
+        _ragged_attention(torch.nn.Linear(1, 1), q, q, q, None, rows=TreeRows([(3, -1)]), **more)
