@@ -62,7 +62,7 @@ def test_the_table_has_a_row_for_each_arm_with_its_spread() -> None:
         SHUFFLED: summary([record(SHUFFLED, rise=0.0)]),
     }
     head, line, first, control = table(arms, "preset").splitlines()
-    assert {row.count("|") for row in (head, line, first, control)} == {10}
+    assert {row.count("|") for row in (head, line, first, control)} == {11}
     assert "`default`" in first
     assert "-0.05 ± 0.07" in first
     assert "25.0%" in first
@@ -106,8 +106,9 @@ def test_a_run_is_recognized_by_its_settings() -> None:
         Arm("presets", "default", 1, 1e-2, 9), Arm("presets", "default", 0, 2e-2, 9),
         Arm("presets", "default", 0, 1e-2, 10), Arm("presets", "dapo", 0, 1e-2, 9),
         Arm("presets", SHUFFLED, 0, 1e-2, 9), Arm("credit", "outcome", 0, 1e-2, 9),
+        Arm("credit", "outcome", 0, 1e-2, 9, luck=0.5),
     ]  # fmt: skip
-    assert len({digest(other) for other in [arm, *others]}) == 7
+    assert len({digest(other) for other in [arm, *others]}) == 8
     assert digest(arm) == digest(Arm("presets", "default", 0, 1e-2, 9))
 
 
@@ -137,7 +138,7 @@ def test_what_is_recorded_is_reported_without_playing(tmp_path: Path) -> None:
     done = run(*common, "--table", "--plot", str(plot), "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split(" | ")[0] for line in done.stdout.splitlines()] == [
-        "| preset", "|---|---|---|---|---|---|---|---|---|", "| `default`", "| `shuffled`",
+        "| preset", "|" + "---|" * 10, "| `default`", "| `shuffled`",
     ]  # fmt: skip
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["search"]["area"]["default"].keys() == {"0.003", "0.01"}
