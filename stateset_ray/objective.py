@@ -78,7 +78,10 @@ class ObjectiveConfig(BaseModel):
     advantage: AdvantageKind = "mean"
     """What a return is compared with, and what it is divided by."""
     credit: CreditKind = "outcome"
-    """Which rewards a turn answers for: those of the whole conversation, those from it on, or its own."""
+    """Which rewards a turn answers for: those of the whole conversation, those from it on, or its own.
+
+    `return_to_go` is compared with whole conversations, so it wants rewards that lie around 0 turn by turn,
+    or are paid late: a late turn has less left to earn, and is praised or blamed for that."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per turn of `credit = "return_to_go"`."""
     outcome_weight: float = Field(default=1.0, ge=0)
