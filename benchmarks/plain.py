@@ -84,11 +84,11 @@ class PlainLearner:
             weight_decay=learner.weight_decay,
         )  # fmt: skip
 
-    def update(self, samples: Sequence[Sample], denominator: int) -> float:
-        """One optimizer step over all samples; returns the loss."""
+    def update(self, samples: Sequence[Sample], denominator: int, rows: int = ROWS) -> float:
+        """One optimizer step over all samples, `rows` of them at a time; returns the loss."""
         total = 0.0
-        for start in range(0, len(samples), ROWS):
-            loss = self._loss(samples[start : start + ROWS], denominator)
+        for start in range(0, len(samples), rows):
+            loss = self._loss(samples[start : start + rows], denominator)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.learner.max_grad_norm)

@@ -230,7 +230,11 @@ def _learner(
         prefix = shared_prefix(part)
         [planned] = plan([Item(len(row), 0, prefix) for row in part], 1, config.learner.micro_batch_tokens)
         micro_batches = [[part[i] for i in one] for one in planned]
-        learner.update([MiniBatch(micro_batches, [[0] * len(one) for one in micro_batches], masked)], 0)
+        groups = [[0] * len(one) for one in micro_batches]
+        metrics = learner.update([MiniBatch(micro_batches, groups, masked)], 0)
+        computed["ours"] = int(metrics["tokens"])
+
+    computed = {"plain": sum(map(len, rows))}
 
     step_plain(rows[:2])
     step_ours(rows[:2])
@@ -239,7 +243,8 @@ def _learner(
     found = _compared(spent, {"ours": tokens, "plain": tokens}, "tokens")
     for side in ("ours", "plain"):
         median = found[side]["seconds"]["median"]
-        found[side]["share_of_matmul_limit"] = scale.matmul(tokens, masked, median, passes=3)
+        found[side]["computed_tokens"] = computed[side]
+        found[side]["share_of_matmul_limit"] = scale.matmul(computed[side], masked, median, passes=3)
     return found
 
 

@@ -1,22 +1,63 @@
 """How much memory a run will take, from its configuration and the model's shape alone.
 
-An estimate to be warned by, not a promise; no weights are loaded and nothing is started.
+An estimate to be warned by, not a promise; no weights are loaded and nothing is started. What a learner
+rank says of itself afterwards is `peak_memory_bytes`; `python -m benchmarks.learner --memory` puts both
+side by side. Every term below is counted from the code that allocates it; what cannot be counted (the
+process before its model) was measured, and says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from stateset_ray.config import Config
 from stateset_ray.models import choose_hardware, config_only, count_parameters
 
-__all__ = ["Memory", "expected_memory", "size"]
+__all__ = ["Memory", "RankMemory", "expected_memory", "learner_memory", "size"]
 
-_GIB = 2**30
-_PROCESS = 350 * 2**20  # of the controller or an actor before its model: Python, torch, Ray
-_RAY = 512 * 2**20  # of Ray's own processes on one node
-_BUCKET = 16_000_000  # elements of the learner's reduce buckets (`learner.engine`)
+_MIB, _GIB = 2**20, 2**30
+_PROCESS = 420 * _MIB
+"""A process that has computed, its tensors apart: Python, torch, transformers, the heap (measured, Linux)."""
+_RAY_INSIDE = 70 * _MIB
+"""What being an actor adds to that (measured)."""
+_RAY = 512 * _MIB
+"""Ray's own processes on one node (measured)."""
+_VERSIONS = 2
+"""Of the weights in the object store while they change."""
+_BUCKET = 16_000_000
+"""Elements of the engines' reduce buckets."""
+_ALL_REDUCE = 500_000_000
+"""Elements that DeepSpeed's stage 0 copies together when it reduces gradients."""
+_LIVE = 1_000_000_000
+"""Parameters that ZeRO 3 keeps whole at one time (`stage3_max_live_parameters`)."""
+_HOLES = 0.5
+"""Of activations and gradients, what else the heap of a process takes for them (measured, glibc 2.36).
+
+Tensors are asked for aligned, and glibc does not put an aligned piece into the hole that one of the same size
+has left; gradients, which stay, settle among the holes of activations. With every tensor mapped apart
+(`MALLOC_MMAP_THRESHOLD_=1048576`) there are no holes and nothing freed is kept, but an update takes a sixth
+more processor time.
+"""
+_LOGIT_COPIES = 3
+"""Of a chunk's logits in float32, backwards: log-softmax, its gradient, the gradient of the logits."""
+_ENTROPY_COPIES = 4
+"""More of them where the entropy has a gradient: log-softmax, probabilities, and the gradients of both."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one learner rank when it needs most, by what they are for.
+
+    On a CPU of its process, on a GPU of the device.
+    """
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return _total(self.parts)
 
 
 @dataclass(frozen=True)
@@ -24,8 +65,7 @@ class Memory:
     """Bytes that a run is expected to take, on the device for learners and engines.
 
     Attributes:
-        learner_state: weights, gradients and optimizer of one rank, at their peak.
-        activations: what one micro-batch leaves for its backward pass, and its logits.
+        learner: one learner rank at its peak.
         weights: of the model, as each rollout worker holds them.
         kv_cache: of one rollout worker, if every slot is filled.
         published: one version of the weights in the object store; two while they change.
@@ -33,8 +73,7 @@ class Memory:
         total: everything, on all machines together.
     """
 
-    learner_state: int
-    activations: int
+    learner: RankMemory
     weights: int
     kv_cache: int
     published: int
@@ -44,60 +83,244 @@ class Memory:
     def rows(self) -> list[str]:
         """A line for each part."""
         return [
-            f"{'learner rank':<16} {size(self.learner_state)} weights, gradients, Adam moments and ZeRO's "
-            f"flat copies, + about {size(self.activations)} activations",
+            f"{'learner rank':<16} {size(self.learner.total)} at its peak:",
+            *(f"  {part:<14} {size(count)}" for part, count in self.learner.parts.items() if count),
             f"{'rollout worker':<16} {size(self.weights)} weights + {size(self.kv_cache)} KV cache at most",
             f"{'object store':<16} {size(self.published)} a version; two while weights change",
             f"{'checkpoint':<16} {size(self.checkpoint)} on disk",
             f"{'in all':<16} {size(self.total)}, with {size(_RAY)} for Ray and "
-            f"{size(_PROCESS)} for each process itself",
+            f"{size(_PROCESS + _RAY_INSIDE)} for each process itself",
         ]
 
 
 def expected_memory(config: Config) -> Memory:
     """Estimate what a run takes, from the model's shape alone; no weights are loaded.
 
-    One rank of DeepSpeed ZeRO-1 in float32 was measured at 6.7 times the weights at its peak, which is:
-    weights, gradients, two Adam moments, the flat master copy, flat gradients, and two reduce buckets.
-    ZeRO 1 divides moments, master and flat gradients among the ranks, 2 the gradients, 3 the weights too.
+    Raises:
+        ModelError: the model cannot be found.
+    """
+    model = _Shape(config)
+    limits, ranks = config.rollout, config.learner.ranks
+    learner = learner_memory(config)
+    cache = model.layers * 2 * limits.concurrency * limits.max_context * model.keys * model.item
+    weights, process = model.parameters * model.item, _PROCESS + _RAY_INSIDE
+    rank = learner.total - learner.parts.get("published", 0)  # that is in the object store, and once
+    rank += 0 if "process" in learner.parts else process
+    total = ranks * rank + limits.workers * (weights + cache + process) + process + _RAY
+    return Memory(
+        learner, weights, cache, weights,
+        checkpoint=weights + model.trained * (3 * 4), total=total + _VERSIONS * weights,
+    )  # fmt: skip
+
+
+def learner_memory(config: Config, *, ray: bool = True) -> RankMemory:
+    """Estimate the peak of one learner rank during an update, as `peak_memory_bytes` reports it.
+
+    The peak is in the backward pass of a full micro-batch that is not the step's first, when gradients are
+    there already; or in the optimizer step, where an engine copies them. A GPU's allocator has given back the
+    activations by then, to be used again; a process has not. Conversations are taken to be as long as
+    `rollout.max_context` allows. Weights that `learner.freeze` names are counted as if they were trained.
+
+    Args:
+        ray: whether the rank is a Ray actor, as it is in a run.
 
     Raises:
         ModelError: the model cannot be found.
     """
-    model = config_only(config.model.name)
-    parameters, ranks, limits = count_parameters(config.model.name), config.learner.ranks, config.rollout
-    hardware = choose_hardware(config.model, config.cluster.learner_gpus)
-    item = hardware.dtype.itemsize
-    stage = config.learner.zero_stage
-    share = {name: ranks if stage >= least else 1 for name, least in (("weights", 3), ("gradients", 2))}
-    state = parameters * item // share["weights"] + parameters * item // share["gradients"]
-    state += parameters * 4 * 4 // ranks
-    state += 2 * min(parameters, _BUCKET) * item
-    if config.grpo.kl_coef:
-        state += parameters * item  # the frozen reference is whole on each rank
-    heads = model.num_attention_heads
-    kv_heads = getattr(model, "num_key_value_heads", None) or heads
-    head = getattr(model, "head_dim", None) or model.hidden_size // heads
-    cache = model.num_hidden_layers * 2 * limits.concurrency * kv_heads * limits.max_context * head * item
-    activations, weights = _activations(config, model, item), parameters * item
-    total = ranks * (state + activations + _PROCESS) + limits.workers * (weights + cache + _PROCESS)
-    return Memory(
-        state, activations, weights, cache, weights,
-        checkpoint=parameters * (2 * item + 3 * 4), total=total + 2 * weights + _PROCESS + _RAY,
-    )  # fmt: skip
+    model = _Shape(config)
+    learner, train = config.learner, config.train
+    step = train.tasks_per_step * _group_tokens(config) // (learner.ranks * train.updates_per_step)
+    tokens = min(learner.micro_batch_tokens, step)
+    state, copied = _state(config, model)
+    gradients = state.pop("gradients")
+    kept, working = _activations(config, model, tokens), _working(config, model, tokens)
+    # Gradients of the only micro-batch come while its activations go, but where a tensor waits for them.
+    early = step > tokens or (learner.engine == "deepspeed" and learner.zero_stage == 3)
+    if model.device == "cuda":
+        backward = {"gradients": gradients * early, "activations": kept, "logits and work": working}
+        stepping = {"gradients": gradients, "gradient copies": copied}
+        return RankMemory({**state, **(backward if _total(backward) > _total(stepping) else stepping)})
+    # A process keeps what was freed: the step's copies come on top of the activations' place.
+    parts = {"process": _PROCESS + ray * _RAY_INSIDE, **state}
+    parts["gradients"] = gradients if early else max(0, gradients - kept)
+    # With checkpointing, too, the activations of all blocks pass through the heap, one block after the other.
+    through = model.layers * _block(config, model, tokens)
+    holes = int(_HOLES * (through + gradients)) * early + _passing(model, tokens)
+    parts |= {"activations": kept, "holes": holes}
+    parts["gradient copies" if copied > working else "logits and work"] = max(copied, working)
+    if ray:  # what a process has written into the object store counts as its own
+        parts["published"] = _VERSIONS * model.parameters * model.item
+    return RankMemory(parts)
 
 
-def _activations(config: Config, model: Any, item: int) -> int:
-    """What one micro-batch leaves for its backward pass: layers, then logits of the sampled tokens."""
-    limits, train = config.rollout, config.train
-    step = train.tasks_per_step * config.grpo.group_size * limits.max_context // config.learner.ranks
-    tokens = min(config.learner.micro_batch_tokens, step)
-    layers = 1 if config.learner.gradient_checkpointing else model.num_hidden_layers
-    inner = getattr(model, "intermediate_size", None) or 4 * model.hidden_size
-    kept = tokens * item * layers * (8 * model.hidden_size + 4 * inner)
-    longest = min(limits.max_turns * limits.max_turn_tokens, limits.max_sampled_tokens, limits.max_context)
-    logits = tokens * longest // limits.max_context * model.vocab_size * 4
-    return int(kept + 3 * logits)  # logits, their float32 softmax and its gradient
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
+class _Shape:
+    """The sizes of a model that its memory follows from; elements, unless they say otherwise."""
+
+    def __init__(self, config: Config) -> None:
+        model = config_only(config.model.name).get_text_config()
+        hardware = choose_hardware(config.model, config.cluster.learner_gpus)
+        self.device, self.item = hardware.device, hardware.dtype.itemsize  # bytes
+        self.parameters = count_parameters(config.model.name)
+        self.hidden, self.layers, self.vocabulary = (
+            int(model.hidden_size), int(model.num_hidden_layers), int(model.vocab_size),
+        )  # fmt: skip
+        self.heads = int(model.num_attention_heads)
+        head = getattr(model, "head_dim", None) or self.hidden // self.heads
+        self.queries = self.heads * head
+        self.keys = head * (getattr(model, "num_key_value_heads", None) or self.heads)
+        self.inner = getattr(model, "intermediate_size", None) or 4 * self.hidden
+        self.rank = config.learner.lora.rank
+        self.trained = self._adapters(config.learner.lora.targets) if self.rank else self.parameters
+        # The output layer's weight, whose gradient is one tensor: often the largest of all.
+        self.output = 0 if self.rank else self.vocabulary * self.hidden
+        self.tied = bool(getattr(model, "tie_word_embeddings", False))
+
+    def _adapters(self, targets: tuple[str, ...]) -> int:
+        """Parameters of the adapters, in a block like Llama's."""
+        hidden, inner = self.hidden, self.inner
+        sides = {
+            "q_proj": hidden + self.queries, "k_proj": hidden + self.keys, "v_proj": hidden + self.keys,
+            "o_proj": self.queries + hidden, "gate_proj": hidden + inner, "up_proj": hidden + inner,
+            "down_proj": inner + hidden,
+        }  # fmt: skip
+        names = {target.rpartition(".")[2] for target in targets} & sides.keys() or sides.keys()
+        return self.layers * self.rank * sum(sides[name] for name in names)
+
+
+def _state(config: Config, model: _Shape) -> tuple[dict[str, int], int]:
+    """Bytes that an engine holds through the whole step, and those it copies gradients to in its last part.
+
+    torch      weights, gradients and two moments. Weights in bfloat16: masters beside them. Several ranks
+               sum a bucket of gradients at a time.
+    stage 0    the same; all gradients are copied together before they are reduced, even on one rank.
+    stage 1    ZeRO's master is a flat copy also of float32 weights; a reduce bucket; the gradients of the
+               rank's share are copied into one flat tensor for the optimizer. Ranks divide master, moments
+               and that copy.
+    stage 2    ranks divide the gradients, too.
+    stage 3    ranks divide the weights, too, and gather those that are in use; gradients lie in a flat
+               tensor from the start; two reduce buckets, and one more for a tensor that is larger.
+    """
+    learner, trained = config.learner, model.trained
+    deepspeed, ranks = learner.engine == "deepspeed", learner.ranks
+    stage = learner.zero_stage if deepspeed else 0
+
+    def share(least: int) -> int:
+        return ranks if stage >= least else 1
+
+    bucket = min(trained, max(_BUCKET, model.output if stage == 3 else 0)) * 4
+    weights = model.parameters * model.item // share(3)
+    if stage == 3 and ranks > 1:
+        weights += min(model.parameters, _LIVE) * model.item
+    master = trained * 4 // share(1) if stage or model.item < 4 else 0
+    moments = trained * 8 // share(1)
+    buckets = {1: bucket, 2: bucket, 3: 2 * min(trained, _BUCKET) * 4 + (bucket > _BUCKET * 4) * bucket}
+    copied = {0: min(trained, _ALL_REDUCE) * 4, 1: trained * 4 // ranks, 2: trained * 4 // ranks, 3: 0}[stage]
+    if not deepspeed:
+        copied = bucket if ranks > 1 else 0
+    if learner.offload != "none" and model.device == "cuda":  # they lie in main memory
+        master = moments = 0
+        weights = 0 if learner.offload == "all" else weights
+    reference = bool(config.grpo.kl_coef) and (bool(config.grpo.reference) or not model.rank)
+    return {
+        "weights": weights,
+        "flat master": master,
+        "reference": model.parameters * model.item * reference,
+        "gradients": trained * 4 // share(2),
+        "Adam moments": moments,
+        "reduce buckets": buckets.get(stage, 0),
+    }, copied
+
+
+def _activations(config: Config, model: _Shape, tokens: int) -> int:
+    """Bytes that autograd keeps of one micro-batch: with checkpointing, the inputs of all blocks, and of one
+    block at a time the rest.
+    """
+    block = _block(config, model, tokens)
+    if config.learner.gradient_checkpointing:
+        return model.layers * tokens * model.hidden * model.item + block
+    return model.layers * block
+
+
+def _block(config: Config, model: _Shape, tokens: int) -> int:
+    """Bytes that autograd keeps of one block.
+
+    Of every token, a block like Llama's keeps, in elements:
+
+        2 hidden        the residual stream before each norm, in float32 whatever the dtype
+        2 hidden        what each norm's weight is multiplied with, if that weight is trained
+        2 hidden        what it gives: the input of q, k, v, and of gate and up
+        3 queries       rotated queries; the output of attention, and again as the input of o
+        2 keys          rotated keys; values
+        4 inner         gate, silu(gate), up, and their product, the input of down
+        1 each head     the log-sum-exp of attention, in float32
+        7 rank          what the first halves of adapters give
+
+    Where a prefix is shared, each conversation that reads it copies the prefix's keys and values beside its
+    own, and has a mask of [own tokens, all tokens] in each block.
+    """
+    norms = 0 if model.rank else 2
+    kept = (2 + norms) * model.hidden + 3 * model.queries + 2 * model.keys + 4 * model.inner + 7 * model.rank
+    per_token = kept * model.item + 2 * model.hidden * 4 + model.heads * 4
+    block = tokens * per_token
+    if prefix := _prefix(config):
+        whole = config.rollout.max_context
+        block += _conversations(config, tokens) * whole * (2 * model.keys + whole - prefix) * model.item
+    return block
+
+
+def _passing(model: _Shape, tokens: int) -> int:
+    """Bytes that pass between the activations of blocks with adapters, and leave holes there.
+
+    Of each adapted layer, what the layer gives and what its adapter adds, of which the sum is kept.
+    """
+    if not model.rank:
+        return 0
+    outputs = 2 * model.hidden + model.queries + 2 * model.keys + 2 * model.inner
+    return 2 * model.layers * tokens * outputs * model.item
+
+
+def _working(config: Config, model: _Shape, tokens: int) -> int:
+    """Bytes that exist for a moment as the backward pass begins: at the output layer, or in the last block.
+
+    A chunk's logits, and the gradient of the output layer's weight: one of the chunk and one of the chunks
+    before. Where input and output layer are tied, it waits for that of the input layer to the very end.
+    """
+    chunk, sampled = config.learner.logit_chunk, _conversations(config, tokens) * _longest(config)
+    rows = min(chunk, sampled)
+    logits = rows * model.vocabulary * 4
+    copies = _LOGIT_COPIES + _ENTROPY_COPIES * (config.grpo.entropy_coef > 0)
+    weight = model.output * model.item
+    before = weight if sampled > chunk else 0
+    head = before + max(copies * logits, logits + weight)
+    # The gradients of the four inner tensors of a block.
+    block = weight * model.tied + tokens * 4 * model.inner * model.item
+    return max(head, block)
+
+
+def _longest(config: Config) -> int:
+    """Sampled tokens of the longest conversation."""
+    limits = config.rollout
+    return min(limits.max_turns * limits.max_turn_tokens, limits.max_sampled_tokens, limits.max_context - 1)
+
+
+def _prefix(config: Config) -> int:
+    """Tokens that a group shares: all that are not sampled, at most."""
+    return config.rollout.max_context - _longest(config) if config.learner.share_prefix else 0
+
+
+def _group_tokens(config: Config) -> int:
+    """Tokens that are computed of a whole group."""
+    prefix, size = _prefix(config), config.grpo.group_size
+    return prefix + size * (config.rollout.max_context - prefix)
+
+
+def _conversations(config: Config, tokens: int) -> int:
+    """How many conversations lie in a micro-batch of so many tokens."""
+    return max(1, round(tokens * config.grpo.group_size / _group_tokens(config)))
 
 
 def size(count: int) -> str:
@@ -107,4 +330,4 @@ def size(count: int) -> str:
         >>> size(3 * 2**29)
         '1.50 GiB'
     """
-    return f"{count / _GIB:.2f} GiB" if count >= 100 * 2**20 else f"{count / 2**20:.1f} MiB"
+    return f"{count / _GIB:.2f} GiB" if count >= 100 * _MIB else f"{count / _MIB:.1f} MiB"
