@@ -87,7 +87,7 @@ class DeepSpeedEngine(PolicyEngine):
             self._engine, *_ = deepspeed.initialize(
                 model=self._policy,
                 optimizer=optimizer,
-                config=_deepspeed_config(config, hardware.dtype, self._policy.hidden_size),
+                config=_deepspeed_config(config, hardware.dtype, self._policy),
                 dist_init_required=False,
             )
         self._run = self._engine
@@ -204,17 +204,22 @@ class DeepSpeedEngine(PolicyEngine):
             comm.cdb = None  # else the next engine of this process would find a dead backend
 
 
-def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype, hidden: int) -> dict[str, Any]:
+def _deepspeed_config(config: LearnerConfig, dtype: torch.dtype, policy: PolicyModel) -> dict[str, Any]:
     mixed = dtype == torch.bfloat16
     stage = config.zero_stage
+    bucket = _REDUCE_BUCKET
+    if stage == 3 and policy.tied:
+        # The gradient of a leaf goes into a bucket as soon as the leaf's own backward is done. Where its
+        # weight is the embedding's too, more is added later: the bucket must not be reduced before the end.
+        bucket = max(bucket, sum(p.numel() for p in policy.trained()))
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": _REDUCE_BUCKET,
+        "reduce_bucket_size": bucket,
         "allgather_bucket_size": _REDUCE_BUCKET,
         # Without managed accumulation DeepSpeed overlaps with partitioned gradients only.
         "overlap_comm": stage == 3,
         # Norms and biases stay whole: gathering them costs more than it saves (transformers' own value).
-        "stage3_param_persistence_threshold": 10 * hidden,
+        "stage3_param_persistence_threshold": 10 * policy.hidden_size,
     }
     if config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

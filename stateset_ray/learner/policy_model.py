@@ -74,6 +74,12 @@ class PolicyModel(nn.Module):
         """H."""
         return int(self._whole[0].config.get_text_config().hidden_size)
 
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer shares its weight with the backbone."""
+        within = {id(p) for p in self.backbone.parameters()}
+        return any(id(p) in within for p in self.head.parameters())
+
     def describe(self) -> dict[str, list[Any]]:
         """Name -> [shape, trained] of every parameter, adapters included, before anything divided them."""
         return {

@@ -24,11 +24,16 @@ import torch
 
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import StatesetError
+from stateset_ray.learner import deepspeed_engine, torch_engine
 from stateset_ray.learner.batch import Item, PackedBatch, pack, plan
 from stateset_ray.learner.engine import LearnerEngine, StepResult, build_engine
 from stateset_ray.models import Hardware, load_model, state_tensors
 from stateset_ray.policies.weights import decode
 from stateset_ray.types import Sample
+
+# Large models are reduced in many buckets, and what comes after a bucket was closed can be lost: the
+# gradient of an embedding that is also the output layer's, for one. So must this small one be.
+deepspeed_engine._REDUCE_BUCKET = torch_engine._BUCKET = 20_000
 
 CPU = Hardware("cpu", torch.float32, 1)
 BF16 = Hardware("cpu", torch.bfloat16, 1)

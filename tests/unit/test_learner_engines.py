@@ -353,7 +353,11 @@ def _random_model(family: str) -> Any:
     special = {
         "Granite": {"logits_scaling": 3.0},
         "Cohere": {"logit_scale": 0.25},
-        "Gemma2": {"final_logit_softcapping": 2.0, "layer_types": ["full_attention"] * 2},
+        "Gemma2": {
+            "final_logit_softcapping": 2.0,
+            "layer_types": ["full_attention"] * 2,
+            "attn_logit_softcapping": None,
+        },
         "SmolLM3": {"layer_types": ["full_attention"] * 2},
     }.get(family, {})
     torch.manual_seed(0)
