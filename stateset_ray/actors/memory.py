@@ -32,10 +32,10 @@ _ALL_REDUCE = 500_000_000
 _LIVE = 1_000_000_000
 """Parameters that ZeRO 3 keeps whole at one time (`stage3_max_live_parameters`)."""
 _HOLES = 0.5
-"""Of activations and gradients, what else the heap of a process takes for them (measured, glibc 2.36).
+"""Of activations and gradients, what else the heap of a process takes for them (fitted, glibc 2.36).
 
-Tensors are asked for aligned, and glibc does not put an aligned piece into the hole that one of the same size
-has left; gradients, which stay, settle among the holes of activations. With every tensor mapped apart
+The likely reason: tensors are asked for aligned, and glibc does not put an aligned piece into the hole that
+one of the same size has left; gradients, which stay, settle among the holes of activations. With every tensor mapped apart
 (`MALLOC_MMAP_THRESHOLD_=1048576`) there are no holes and nothing freed is kept, but an update takes a sixth
 more processor time.
 """
