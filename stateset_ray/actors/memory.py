@@ -35,9 +35,9 @@ _HOLES = 0.5
 """Of activations and gradients, what else the heap of a process takes for them (fitted, glibc 2.36).
 
 The likely reason: tensors are asked for aligned, and glibc does not put an aligned piece into the hole that
-one of the same size has left; gradients, which stay, settle among the holes of activations. With every tensor mapped apart
-(`MALLOC_MMAP_THRESHOLD_=1048576`) there are no holes and nothing freed is kept, but an update takes a sixth
-more processor time.
+one of the same size has left; gradients, which stay, settle among the holes of activations. With every
+tensor mapped apart (`MALLOC_MMAP_THRESHOLD_=1048576`) nothing freed is kept, but an update takes a sixth more
+processor time.
 """
 _LOGIT_COPIES = 3
 """Of a chunk's logits in float32, backwards: log-softmax, its gradient, the gradient of the logits."""
