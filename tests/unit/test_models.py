@@ -14,6 +14,7 @@ from stateset_ray.errors import ConfigError, ModelError
 from stateset_ray.models import (
     TreeRows,
     check_fits,
+    check_reference,
     choose_hardware,
     count_parameters,
     load_model,
@@ -113,3 +114,18 @@ def test_attention_that_is_not_plain_is_refused(more):
     q = torch.zeros(1, 4, 3, 8)
     with pytest.raises(ModelError, match="caps its logits or has sinks"):
         _ragged_attention(torch.nn.Linear(1, 1), q, q, q, None, rows=TreeRows([(3, -1)]), **more)
+
+
+def test_a_reference_of_another_vocabulary_is_refused_before_anything_loads(tmp_path):
+    """Its log-probabilities would be those of other tokens under the same ids."""
+    settings = load_config(None, ["model.name=tiny", "grpo.kl_coef=0.1"])
+    check_reference(settings)  # the model itself
+    other = tmp_path / "other"
+    shutil.copytree(local_folder("tiny"), other)
+    named = settings.with_overrides([f'grpo.reference="{other}"'])
+    check_reference(named)  # another model of the same vocabulary
+    shape = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**shape, "vocab_size": shape["vocab_size"] + 1}))
+    with pytest.raises(ModelError, match="another vocabulary") as caught:
+        check_reference(named)
+    assert "grpo.reference" in caught.value.mend
