@@ -52,6 +52,7 @@ def step_record(
         "trajectories": batch.counts.as_dict(),
         "worker_restarts": collected.restarts,
         "rollout_tokens_per_second": sum(sampled) / max(seconds["rollout"], 1e-9),
-        "learner_tokens_per_second": update.get("tokens", 0.0) / max(seconds["learner"], 1e-9),
+        # Of the trajectories, whatever was computed only once for several of them.
+        "learner_tokens_per_second": update.get("tokens_unshared", 0.0) / max(seconds["learner"], 1e-9),
         "seconds": dict(seconds),
     }
