@@ -213,8 +213,9 @@ def test_bug_35_a_failing_policy_is_no_reward_and_not_the_environments_fault(ren
 
 
 def test_bug_36_a_straggler_ends_at_the_time_limit_of_its_conversation(renderer):
-    trajectory = play(Chat(), Scripts(forever), renderer, turn_timeout=0.3, conversation_timeout=0.3)
+    trajectory = play(Chat(), Scripts(forever), renderer, turn_timeout=3.0, conversation_timeout=0.3)
     assert trajectory.stop_reason is StopReason.TIMEOUT
+    assert "the conversation took longer than 0.3 s" in trajectory.error
 
 
 def test_a_failing_close_does_not_hide_the_end(renderer):
