@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from stateset_ray.errors import ConfigError
 
-__all__ = ["apply_override", "validated"]
+__all__ = ["apply_override", "leaves", "validated"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -52,7 +52,7 @@ def validated(model: type[_Model], tree: Mapping[str, Any], source: str) -> _Mod
     Raises:
         ConfigError: every problem found, each with its key, the value given and the nearest key.
     """
-    for key, value in _leaves(tree):
+    for key, value in leaves(tree):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key} must be a finite number", given=value)
     try:
@@ -89,9 +89,10 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _known_keys(info.annotation, f"{prefix}{name}.")
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting in a tree."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

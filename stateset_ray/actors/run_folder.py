@@ -10,12 +10,11 @@ runs/<name>/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import ConfigError, RunError
+from stateset_ray.settings import leaves
 
 __all__ = ["open_folder"]
 
@@ -69,7 +68,7 @@ def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
 
 def _check_same(stored: Config, given: Config) -> None:
     """An exact continuation needs the same run: refuse what would silently make it another one."""
-    old, new = dict(_flat(stored.model_dump(mode="json"))), dict(_flat(given.model_dump(mode="json")))
+    old, new = dict(leaves(stored.model_dump(mode="json"))), dict(leaves(given.model_dump(mode="json")))
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -85,11 +84,3 @@ def _check_same(stored: Config, given: Config) -> None:
             + "\n".join(f"  - {line}" for line in changed),
             mend="resume with the run's own config.toml, or start a new run",
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -175,14 +175,14 @@ class Learner:
         """Apply what was accumulated; returns the gradient's norm."""
         if not math.isfinite(tally.loss):
             raise LearnerError(
-                f"the loss of step {step} is not finite; no weight has changed",
+                f"the loss of step {step} is not finite; this optimizer step has changed no weight",
                 given=tally.loss,
                 mend="look at kl_mismatch and grad_norm of the steps before; lower learner.learning_rate",
             )
         result = self._engine.step(rate)
         if not result.applied:
             raise LearnerError(
-                f"a gradient of step {step} is not finite; no weight has changed",
+                f"a gradient of step {step} is not finite; this optimizer step has changed no weight",
                 given=result.grad_norm,
                 mend="lower learner.learning_rate, or set model.dtype='float32'",
             )

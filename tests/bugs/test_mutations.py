@@ -1,4 +1,4 @@
-"""Every known bug has a test, and that test fails where the bug is.
+"""Every bug on the list has a test, and that test fails where the bug is.
 
 `mutations.toml` says how each bug looks in the source. One at a time they are put into a copy of the
 project, where the named test must fail; in a copy without any they must all pass. A test that cannot fail
