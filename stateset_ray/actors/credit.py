@@ -59,17 +59,21 @@ def longest_conversation(config: Config) -> int:
 def informative(report: GroupReport, config: Config) -> bool:
     """Whether a group has something to teach: at least two that can be compared, and that differ.
 
-    What must differ is what turns answer for: the returns, or with credit per turn, any turn's reward. Where
-    the baseline is the batch's (`reinforce_pp`), a group of equal rewards teaches as well.
+    Where the baseline is the batch's (`reinforce_pp`), a group of equal rewards teaches as well.
     """
+    comparable = sum(reward is not None for reward in report.rewards) > 1
+    return comparable and (config.grpo.advantage == "reinforce_pp" or _differ(report, config))
+
+
+def _differ(report: GroupReport, config: Config) -> bool:
+    """Whether what turns answer for differs: the returns, or with credit per turn, any turn's reward."""
     scored = [r for r in _shaped(report, config) if r is not None]
     names = config.grpo.reward_weights or ("",)
     by_turn = config.grpo.credit != "outcome"
     earned = [
         {tuple(r.get(name, ())) if by_turn else math.fsum(r.get(name, ())) for r in scored} for name in names
     ]
-    differ = any(len(different) > 1 for different in earned) or config.grpo.advantage == "reinforce_pp"
-    return len(scored) > 1 and differ
+    return any(len(different) > 1 for different in earned)
 
 
 def policy_batch(collected: Collected, config: Config) -> Batch:
@@ -216,7 +220,7 @@ def _update(
 def _facts(collected: Collected, advantages: Sequence[tuple[float, ...]], config: Config) -> dict[str, Any]:
     reports = [handle.report for handle in collected.groups]
     scored = [r for r in reports if sum(reward is not None for reward in r.rewards) > 1]
-    equal = sum(not informative(report, config) for report in scored)
+    equal = sum(not _differ(report, config) for report in scored)
     values = list(chain.from_iterable(advantages))
     return {
         "groups": len(reports),

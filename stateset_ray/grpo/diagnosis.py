@@ -58,7 +58,9 @@ def diagnose(record: Mapping[str, Any], config: Config) -> list[Problem]:
 
 
 def _of_rewards(record: Mapping[str, Any], config: Config) -> Iterator[Problem]:
-    if record.get("equal_reward_share") == 1.0:
+    # A baseline over the batch still compares groups whose members are alike.
+    teaches = config.grpo.advantage == "reinforce_pp" and record["reward_std"] > 0
+    if record.get("equal_reward_share") == 1.0 and not teaches:
         mean = record["reward_mean"]
         size = config.grpo.group_size
         yield Problem(
