@@ -66,7 +66,7 @@ class Memory:
 
     Attributes:
         learner: one learner rank at its peak.
-        weights: of the model, as each rollout worker holds them.
+        weights: of the model.
         kv_cache: of one rollout worker, if every slot is filled.
         published: one version of the weights in the object store; two while they change.
         checkpoint: one checkpoint on disk.

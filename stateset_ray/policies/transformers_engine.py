@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from stateset_ray.errors import InfrastructureFault, ModelError
-from stateset_ray.models import Hardware, state_tensors
+from stateset_ray.models import Hardware
 from stateset_ray.policies.base import Reply, ReplyRequest
 from stateset_ray.policies.kv_cache import CachedRows, Ids, KVCache, Slot, common_prefix
+from stateset_ray.policies.packed_linear import InferenceWeights
 
 __all__ = ["EngineStats", "TransformersEngine"]
 
@@ -69,7 +70,8 @@ class TransformersEngine:
     """Serves many conversations with one model; implements `Policy`.
 
     Args:
-        model: from `stateset_ray.models.load_model`.
+        model: from `stateset_ray.models.load_model`. The engine takes it over and changes it
+            (`packed_linear`): nobody else may use it.
         stop_ids: tokens that end a reply.
         slots: conversations whose cache is kept at once.
         max_context: tokens per conversation.
@@ -83,6 +85,7 @@ class TransformersEngine:
         config = model.config
         heads = config.num_attention_heads
         self._model = model
+        self._weights = InferenceWeights(model, hardware)
         self._stop_ids = frozenset(stop_ids)
         self._hardware = hardware
         self._max_context = max_context
@@ -140,16 +143,12 @@ class TransformersEngine:
         Raises:
             ModelError: the tensors are not those of this model; nothing was changed then.
         """
-        own = state_tensors(self._model)
-        wrong = set(own.keys() ^ tensors.keys()) or {n for n, t in own.items() if t.shape != tensors[n].shape}
-        if wrong:
-            raise ModelError("the weights do not belong to this model", given=sorted(wrong)[:5])
+        if wrong := self._weights.mismatch(tensors):
+            raise ModelError("the weights do not belong to this model", given=wrong[:5])
         self._open.clear()
         try:
             await self._idle.wait()
-            with torch.no_grad():
-                for name, tensor in own.items():
-                    tensor.copy_(tensors[name])
+            self._weights.load(tensors)
             self._cache.clear()
             self.version = version
         finally:
@@ -254,18 +253,25 @@ class TransformersEngine:
         """
         if not turns:
             return
-        temperatures = logits.new_tensor([t.request.temperature for t in turns], dtype=torch.float32)
-        greedy = temperatures == 0
-        scaled = logits.float() / torch.where(greedy, 1.0, temperatures)[:, None]
+        # The vocabulary is long: a pass over all logits that changes none of them is left out.
+        temperatures = [t.request.temperature for t in turns]
+        scaled, greedy = logits.float(), None
+        if any(heat != 1 for heat in temperatures):
+            heats = scaled.new_tensor(temperatures)[:, None]
+            greedy = heats == 0
+            scaled = scaled / torch.where(greedy, 1.0, heats)
         logprobs = torch.log_softmax(scaled, dim=-1)
-        total = logprobs.exp().cumsum(dim=-1)
+        total = logprobs.exp().cumsum_(dim=-1)
         uniforms = logits.new_tensor(
             [t.uniforms[len(t.token_ids)] for t in turns], dtype=torch.float32
         ).clamp_(max=_BELOW_ONE)
         drawn = torch.searchsorted(total, uniforms[:, None] * total[:, -1:], right=True)
         drawn = drawn.clamp_(max=logits.shape[-1] - 1)
-        drawn = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), drawn)
-        chosen = logprobs.gather(-1, drawn).masked_fill(greedy[:, None], 0.0)
+        if greedy is not None:
+            drawn = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)
+        chosen = logprobs.gather(-1, drawn)
+        if greedy is not None:
+            chosen = chosen.masked_fill(greedy, 0.0)
         for turn, token, logprob in zip(turns, drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
             turn.token_ids.append(token)
             turn.logprobs.append(logprob)

@@ -165,9 +165,10 @@ def test_expected_memory_is_what_is_allocated() -> None:
     expected = expected_memory(settings)
     hardware = Hardware("cpu", torch.float32, 1)
     model = load_model("tiny", hardware)
+    weights = sum(p.nbytes for p in model.parameters())
     engine = TransformersEngine(model, {2}, slots=5, max_context=200, hardware=hardware)  # type: ignore[arg-type]
     assert expected.kv_cache == engine._cache.entries.nbytes
-    assert expected.weights == sum(p.nbytes for p in model.parameters())
+    assert expected.weights == weights
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0.0 MiB"), (2**20, "1.0 MiB"), (2**30, "1.00 GiB")])

@@ -1,6 +1,7 @@
 """The inner loop: limits, stop reasons, failures as data, cleanup, what is written down."""
 
 import asyncio
+import copy
 import time
 
 import numpy as np
@@ -231,7 +232,9 @@ def test_a_failing_close_does_not_hide_the_end(renderer):
 
 def test_bug_28_one_failing_conversation_does_not_stop_the_others(renderer, tiny, hardware):
     async def main():
-        engine = TransformersEngine(tiny, renderer.stop_ids, slots=3, max_context=400, hardware=hardware)
+        engine = TransformersEngine(
+            copy.deepcopy(tiny), renderer.stop_ids, slots=3, max_context=400, hardware=hardware
+        )
         limits = RolloutConfig(
             max_context=400, max_turn_tokens=8, on_cut_reply="close", environment_timeout=0.3
         )
@@ -246,7 +249,9 @@ def test_bug_28_one_failing_conversation_does_not_stop_the_others(renderer, tiny
 
 def test_bug_20_members_of_a_group_start_alike_and_differ_in_their_replies(renderer, tiny, hardware):
     async def main():
-        engine = TransformersEngine(tiny, renderer.stop_ids, slots=4, max_context=400, hardware=hardware)
+        engine = TransformersEngine(
+            copy.deepcopy(tiny), renderer.stop_ids, slots=4, max_context=400, hardware=hardware
+        )
         limits = RolloutConfig(max_context=400, max_turn_tokens=12, on_cut_reply="close")
         return await asyncio.gather(
             *[rollout(Chat(), TASK, engine, renderer, limits, id=str(i), seed=5, sample=i) for i in range(4)]
