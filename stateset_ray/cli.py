@@ -72,7 +72,10 @@ def train(
         with Progress() as progress:
             # Before torch and Ray are loaded: a missing environment is the commonest mistake.
             _check_environment(settings)
-            from stateset_ray.train import train as run
+            if settings.train.max_staleness:
+                from stateset_ray.train_async import train_async as run
+            else:
+                from stateset_ray.train import train as run
 
             run(settings, resume=resume, on_event=progress)
 

@@ -162,6 +162,8 @@ class TrainConfig(_Section):
     tasks_per_step: int = Field(default=4, ge=1)
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer steps that a step's groups are dealt to; beyond the first, they learn off-policy."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Steps that rollouts may run ahead of the weights that learn from them; 0: each waits for the other."""
     warm_start: WarmStartConfig = WarmStartConfig()
     checkpoint_every: int = Field(default=10, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

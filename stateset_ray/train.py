@@ -6,41 +6,54 @@ Each step plays every task `group_size` times on the rollout workers, compares t
 task with each other, takes an optimizer step on every learner rank, and publishes the new weights. If a
 rank dies, all ranks are built anew and the loop goes on from the last checkpoint.
 Who waits for whom: everything here is in turn. The controller waits for the workers, then for the
-learners; the same loop with rollouts running ahead would be a second file.
+learners; `train_async` is the same loop with rollouts running ahead.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from stateset_ray.actors.credit import policy_batch, supervised_batch
 from stateset_ray.actors.run import OnEvent, Run, open_run
 from stateset_ray.config import Config
-from stateset_ray.errors import LearnerLost, RunError
+from stateset_ray.errors import ConfigError, LearnerLost, RunError
 
-__all__ = ["train", "train_step"]
+__all__ = ["Clock", "TrainStep", "train", "train_step"]
+
+TrainStep = Callable[[Run, int], Mapping[str, float]]
+"""One turn of the circle: collect, learn, publish."""
 
 
-def train(config: Config, *, resume: bool = False, on_event: OnEvent = lambda _: None) -> dict[str, Any]:
+def train(
+    config: Config, *, resume: bool = False, on_event: OnEvent = lambda _: None,
+    take_step: TrainStep | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train a policy from a configuration; returns what `summary.json` holds.
 
     Args:
         config: the whole configuration.
         resume: continue the run of that name from its newest whole checkpoint, exactly.
         on_event: called with each event ("step", "evaluation", "checkpoint", ...).
+        take_step: instead of `train_step`.
 
     Raises:
         StatesetError: what went wrong; the last checkpoint is whole.
         KeyboardInterrupt: it was told to stop, and has saved.
     """
+    if config.train.max_staleness and take_step is None:
+        raise ConfigError(
+            "`train` takes its steps in turn and lets no rollout run ahead",
+            given=f"train.max_staleness = {config.train.max_staleness}",
+            mend="call stateset_ray.train_async.train_async, or set it to 0",
+        )
     with open_run(config, resume=resume, on_event=on_event) as run:
         try:
             while True:
                 try:
-                    return _to_the_end(run)
+                    return _to_the_end(run, take_step or train_step)
                 except LearnerLost as error:
                     run.recover(error)  # back to the last checkpoint, or raises the error again
         except KeyboardInterrupt:
@@ -49,17 +62,17 @@ def train(config: Config, *, resume: bool = False, on_event: OnEvent = lambda _:
             raise
 
 
-def _to_the_end(run: Run) -> dict[str, Any]:
+def _to_the_end(run: Run, take_step: TrainStep) -> dict[str, Any]:
     _prepare(run)
     for step in run.steps():
-        train_step(run, step)
+        take_step(run, step)
     run.evaluate("after")
     return run.finish()
 
 
 def train_step(run: Run, step: int) -> Mapping[str, float]:
     """One turn of the circle; `train`, sweeps and other drivers all take this step."""
-    clock = _Clock()
+    clock = Clock()
     with clock.phase("rollout"):
         collected = run.collect(step)
     with clock.phase("credit"):
@@ -111,7 +124,7 @@ def _supervised_step(run: Run, step: int) -> None:
     run.emit("warm_start", step=step, steps=steps, loss=update["loss"], seconds=took)
 
 
-class _Clock:
+class Clock:
     """Seconds per phase of a step."""
 
     def __init__(self) -> None:
@@ -119,6 +132,7 @@ class _Clock:
 
     @contextmanager
     def phase(self, name: str) -> Any:
+        """Note how long the block takes."""
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started

@@ -50,6 +50,7 @@ SIDEWAYS = {
     ("config", "objective"): "one page in two files: the objective has a page of its own",
     ("checkpoint", "manifest"): "one subject in two files: the order of things, and the bytes",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
+    ("train_async", "train"): "the same loop; only how a step is taken differs",
     ("learner", "policies.weights"): "one codec: the learner writes what the engines read",
 }
 """Imports along one floor, from a file or package to another, each with its reason."""

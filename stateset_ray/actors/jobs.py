@@ -81,6 +81,7 @@ class GroupReport:
         infos: the environment's facts per trajectory.
         turn_rewards: per trajectory, what each of its turns earned; None where it failed.
         prefix: tokens that all samples of the group begin with alike, none of them sampled.
+        oldest: per trajectory, the oldest version of the policy among its turns; None without a turn.
     """
 
     job: GroupJob
@@ -93,6 +94,7 @@ class GroupReport:
     infos: tuple[dict[str, Any], ...]
     turn_rewards: tuple[Rewards | None, ...] = ()
     prefix: int = 0
+    oldest: tuple[int | None, ...] = ()
 
     @property
     def truncated(self) -> tuple[bool, ...]:
@@ -115,6 +117,7 @@ def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, Group
         tuple(len(t.turns) for t in played), tuple(t.sampled_tokens for t in played),
         tuple(dict(t.info) for t in played), tuple(_turn_rewards(t) for t in played),
         shared_prefix([row for of_one in rows for row in of_one]),
+        tuple(min((turn.policy_version for turn in t.turns), default=None) for t in played),
     )  # fmt: skip
     return report, GroupPayload(group, rows)
 

@@ -104,12 +104,13 @@ def expected_memory(config: Config) -> Memory:
     learner = learner_memory(config)
     cache = model.layers * 2 * limits.concurrency * limits.max_context * model.keys * model.item
     weights, process = model.parameters * model.item, _PROCESS + _RAY_INSIDE
+    versions = _VERSIONS + config.train.max_staleness  # conversations in flight hold those they began with
     rank = learner.total - learner.parts.get("published", 0)  # that is in the object store, and once
     rank += 0 if "process" in learner.parts else process
     total = ranks * rank + limits.workers * (weights + cache + process) + process + _RAY
     return Memory(
         learner, weights, cache, weights,
-        checkpoint=weights + model.trained * (3 * 4), total=total + _VERSIONS * weights,
+        checkpoint=weights + model.trained * (3 * 4), total=total + versions * weights,
     )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def learner_memory(config: Config, *, ray: bool = True) -> RankMemory:
     parts |= {"activations": kept, "holes": holes}
     parts["gradient copies" if copied > working else "logits and work"] = max(copied, working)
     if ray:  # what a process has written into the object store counts as its own
-        parts["published"] = _VERSIONS * model.parameters * model.item
+        parts["published"] = (_VERSIONS + config.train.max_staleness) * model.parameters * model.item
     return RankMemory(parts)
 
 

@@ -1,8 +1,9 @@
 """All rollout workers: hands out groups, gathers reports, and loses nothing when a worker dies.
 
-Who waits for whom: `collect` waits for the workers' reports, a worker waits for its environments and its
-engine. A dead worker is restarted by Ray; until it answers again the others take its groups. The groups
-that were on it are suspects then: each is tried again alone on a worker, so that one task that kills
+Groups that are collected together are a flight; several flights may be under way, each with its own books.
+Who waits for whom: `wait` and `collect` wait for the workers' reports, a worker waits for its environments
+and its engine. A dead worker is restarted by Ray; until it answers again the others take its groups. The
+groups that were on it are suspects then: each is tried again alone on a worker, so that one task that kills
 every worker it meets is found, given up after `rollout.retries`, and takes no other down with it.
 """
 
@@ -27,9 +28,10 @@ from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, WaitTimeout
 from stateset_ray.types import StopReason
 
-__all__ = ["Collected", "GroupHandle", "RolloutPool", "rollout_pool"]
+__all__ = ["Collected", "Flight", "GroupHandle", "RolloutPool", "rollout_pool"]
 
 _POLL = 1.0  # seconds between looks at deadlines and at the caller's wish to stop
+_CALLS = 64  # of a worker at the same time, besides one for each conversation
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class GroupHandle:
 
 @dataclass
 class Collected:
-    """What one `collect` brought.
+    """What one flight brought.
 
     Attributes:
         groups: in the order of the jobs; groups that were given up are missing.
@@ -54,23 +56,59 @@ class Collected:
     counts: Counts
     restarts: int
 
-    def add(self, more: Collected) -> None:
-        """Take in what a further `collect` brought."""
-        self.groups += more.groups
-        self.counts.dispatched += more.counts.dispatched
-        self.counts.aborted += more.counts.aborted
-        self.restarts += more.restarts
+
+class Flight:
+    """Groups that are collected together, and their books.
+
+    Attributes:
+        order: job id -> place, of everything that was dispatched.
+        unfinished: ids of jobs that have not ended yet.
+    """
+
+    def __init__(self) -> None:
+        self.order: dict[str, int] = {}
+        self.unfinished: set[str] = set()
+        self.groups: list[GroupHandle] = []
+        self.counts = Counts()
+        self.restarts = 0
+
+    def collected(self) -> Collected:
+        """What has come so far."""
+        groups = sorted(self.groups, key=lambda handle: self.order[handle.report.job.id])
+        return Collected(groups, self.counts, self.restarts)
+
+    def abandoned(self, reason: str) -> Counts:
+        """The books of a flight that nobody will collect: everything in it was played in vain."""
+        lost = self.counts.dispatched - self.counts.aborted.total()
+        aborted = self.counts.aborted.copy()
+        if lost:
+            aborted[reason] += lost
+        return Counts(dispatched=self.counts.dispatched, aborted=aborted)
+
+
+@dataclass(eq=False)
+class _Stream:
+    """One call of a worker's `play`: what it plays, for which flight."""
+
+    flight: Flight
+    jobs: dict[str, GroupJob]
 
 
 @dataclass(eq=False)
 class _Worker:
     index: int
     actor: Any
-    stream: Any = None
-    jobs: dict[str, GroupJob] = field(default_factory=dict)
+    streams: dict[Any, _Stream] = field(default_factory=dict)
     ping: Any = None
     """Set while the worker is not known to be alive."""
     since: float = 0.0
+    alone: bool = False
+    """Whether it plays a suspect, or is kept free for one."""
+
+    @property
+    def load(self) -> int:
+        """Groups that it has still to play."""
+        return sum(len(stream.jobs) for stream in self.streams.values())
 
 
 class RolloutPool:
@@ -80,7 +118,17 @@ class RolloutPool:
         self._config = config
         self._workers = workers
         self._make = make
+        self._suspects: deque[tuple[GroupJob, Flight]] = deque()
+        self._held: deque[tuple[GroupJob, Flight]] = deque()
+        """Groups for which there is no worker at the moment."""
+        self._quiet_since = time.monotonic()
         self.weights: PublishedWeights | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Groups that all workers together can play at once."""
+        limits = self._config.rollout
+        return max(1, len(self._workers) * limits.concurrency // self._config.grpo.group_size)
 
     @property
     def pids(self) -> list[int]:
@@ -98,7 +146,7 @@ class RolloutPool:
         return list(get(refs, timeout=limit, waiting_for="the rollout workers' answers"))
 
     def collect(self, jobs: Sequence[GroupJob], should_stop: Callable[[], bool] = lambda: False) -> Collected:
-        """Play every job once with the published weights.
+        """Play every job once with the published weights, and wait for all of them.
 
         Args:
             jobs: groups to play; their ids are unique.
@@ -106,102 +154,166 @@ class RolloutPool:
 
         Raises:
             WaitTimeout: no report came for longer than a conversation may last.
-            KeyboardInterrupt: `should_stop` said so; unfinished groups are abandoned.
+            KeyboardInterrupt: `should_stop` said so; everything unfinished is abandoned.
             StatesetError: a worker raised an error that is not a conversation's (a bug, a bad environment).
         """
-        state = _Collection(jobs, self._config.rollout.retries)
-        live = self._live() or self._await_any()
-        for worker, share in zip(live, _deal(state.fresh, len(live)), strict=True):
-            self._dispatch(worker, share, state)
-        state.fresh.clear()
-        last = time.monotonic()
-        while state.unfinished:
+        flight = Flight()
+        self.dispatch(flight, jobs)
+        self.wait(flight, should_stop)
+        return flight.collected()
+
+    def dispatch(self, flight: Flight, jobs: Sequence[GroupJob]) -> None:
+        """Send groups to the workers, to the least loaded first; does not wait for them."""
+        if not self._under_way():
+            self._quiet_since = time.monotonic()
+        for job in jobs:
+            flight.order[job.id] = len(flight.order)
+            flight.unfinished.add(job.id)
+        self._held.extend((job, flight) for job in jobs)
+        if not self._live():
+            self._await_any()
+        self._tend()
+
+    def wait(
+        self, flight: Flight, should_stop: Callable[[], bool] = lambda: False,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Wait until every group of a flight has ended, and take what comes for the others too.
+
+        Args:
+            meanwhile: called after everything that came.
+
+        Raises:
+            StatesetError, KeyboardInterrupt: see `collect`.
+        """
+        while flight.unfinished:
             if should_stop():
-                self._abandon()
+                self.abandon()
                 raise KeyboardInterrupt
-            for worker in self._live():
-                if worker.stream is None and state.suspects:
-                    self._dispatch(worker, [state.suspects.popleft()], state)
-            if self._advance(state):
-                last = time.monotonic()
-            limit = self._config.rollout.conversation_timeout + self._config.cluster.wait_seconds
-            if time.monotonic() - last > limit:
-                raise WaitTimeout(
-                    f"the controller got no report from any rollout worker for {limit:.0f} s",
-                    given={w.index: sorted(w.jobs) for w in self._workers},
-                    mend="look at the workers' logs; something hangs without a limit of its own",
-                )
-        order = {job.id: i for i, job in enumerate(jobs)}
-        state.groups.sort(key=lambda handle: order[handle.report.job.id])
-        return Collected(state.groups, state.counts, state.restarts)
+            if self.advance(_POLL):
+                meanwhile()
 
-    def _live(self) -> list[_Worker]:
-        return [w for w in self._workers if w.ping is None]
+    def advance(self, seconds: float) -> bool:
+        """Wait for whatever comes next, at most so long, and take it; False if nothing came.
 
-    def _dispatch(self, worker: _Worker, jobs: Sequence[GroupJob], state: _Collection) -> None:
-        if not jobs:
-            return
-        weights = self.weights or PublishedWeights(0)
-        worker.jobs = {job.id: job for job in jobs}
-        state.counts.dispatched += sum(job.size for job in jobs)
-        worker.stream = worker.actor.play.options(num_returns="streaming").remote(
-            weights.version, {"refs": weights.refs, "lineage": weights.lineage}, list(jobs)
-        )
-
-    def _advance(self, state: _Collection) -> bool:
-        """Wait for whatever comes next, and take it; False if nothing came."""
-        waits = {w.stream: w for w in self._workers if w.stream is not None}
+        Raises:
+            StatesetError: see `collect`.
+        """
+        self._tend()
+        waits = {stream: w for w in self._workers for stream in w.streams}
         waits |= {w.ping: w for w in self._workers if w.ping is not None}
         if not waits:
             raise ClusterError("no rollout worker is left", mend="look at the workers' logs")
         # Not fetched: the first half of what a stream gives is a payload, which stays where it is.
-        ready, _ = ray.wait(list(waits), num_returns=1, timeout=_POLL, fetch_local=False)
+        ready, _ = ray.wait(list(waits), num_returns=1, timeout=seconds, fetch_local=False)
         for item in ready:
             worker = waits[item]
             if worker.ping is not None:
                 self._pinged(worker)
-            else:
-                self._report(worker, state)
+            elif item in worker.streams:
+                self._report(worker, item)
+        if ready:
+            self._quiet_since = time.monotonic()
+            self._tend()
+        limit = self._config.rollout.conversation_timeout + self._config.cluster.wait_seconds
+        if time.monotonic() - self._quiet_since > limit:
+            raise WaitTimeout(
+                f"the controller got no report from any rollout worker for {limit:.0f} s",
+                given={w.index: sorted(j for s in w.streams.values() for j in s.jobs) for w in self._workers},
+                mend="look at the workers' logs; something hangs without a limit of its own",
+            )
         return bool(ready)
 
-    def _report(self, worker: _Worker, state: _Collection) -> None:
+    def abandon(self) -> None:
+        """Give up everything that is under way, in every flight."""
+        for worker in self._workers:
+            for stream in worker.streams:
+                ray.cancel(stream)
+            worker.streams, worker.alone = {}, False
+        self._suspects.clear()
+        self._held.clear()
+
+    def _under_way(self) -> bool:
+        return bool(self._held or self._suspects or any(w.streams for w in self._workers))
+
+    def _live(self) -> list[_Worker]:
+        return [w for w in self._workers if w.ping is None]
+
+    def _tend(self) -> None:
+        """Give suspects workers of their own, and all other groups the least loaded of the rest."""
+        live = self._live()
+        for worker in live:
+            if worker.streams:
+                continue
+            worker.alone = bool(self._suspects)
+            if self._suspects:
+                job, flight = self._suspects.popleft()
+                self._play(worker, [job], flight)
+        if self._suspects and live and not any(w.alone for w in live):
+            # Nobody is idle: one is left to finish what it has, so that a suspect's turn will come.
+            min(live, key=lambda w: (w.load, w.index)).alone = True
+        takers = [w for w in live if not w.alone]
+        if not takers:
+            return
+        loads = {w.index: w.load for w in takers}
+        hands: dict[tuple[int, int], tuple[_Worker, Flight, list[GroupJob]]] = {}
+        while self._held:
+            job, flight = self._held.popleft()
+            worker = min(takers, key=lambda w: (loads[w.index], w.index))
+            loads[worker.index] += 1
+            hands.setdefault((worker.index, id(flight)), (worker, flight, []))[2].append(job)
+        for worker, flight, jobs in hands.values():
+            self._play(worker, jobs, flight)
+
+    def _play(self, worker: _Worker, jobs: Sequence[GroupJob], flight: Flight) -> None:
+        weights = self.weights or PublishedWeights(0)
+        flight.counts.dispatched += sum(job.size for job in jobs)
+        stream = worker.actor.play.options(num_returns="streaming").remote(
+            weights.version, {"refs": weights.refs, "lineage": weights.lineage}, list(jobs)
+        )
+        worker.streams[stream] = _Stream(flight, {job.id: job for job in jobs})
+
+    def _report(self, worker: _Worker, item: Any) -> None:
         """Take the next report of a worker's stream, or notice its end or its death."""
+        stream = worker.streams[item]
         try:
-            payload = next(worker.stream)
+            payload = next(item)
             # After a death the stream's last reference is what raises it: then there is no report.
-            report: GroupReport = ray.get(
-                next(worker.stream, payload), timeout=self._config.cluster.wait_seconds
-            )
+            report: GroupReport = ray.get(next(item, payload), timeout=self._config.cluster.wait_seconds)
         except StopIteration:
-            worker.stream = None
+            del worker.streams[item]
             return
         except RayActorError as death:
-            self._lost(worker, death, state)
+            self._lost(worker, death)
             return
         except RayTaskError as error:
             raise cause_of(error) from None
-        job = worker.jobs.pop(report.job.id)
+        flight = stream.flight
+        job = stream.jobs.pop(report.job.id)
         failed = StopReason.INFRASTRUCTURE_ERROR.value in report.stop_reasons
         if failed and job.attempt < self._config.rollout.retries:
-            state.counts.aborted["infrastructure_error"] += job.size
-            state.suspects.append(job.again())
+            flight.counts.aborted["infrastructure_error"] += job.size
+            self._suspects.append((job.again(), flight))
             return
-        state.unfinished.discard(job.id)
-        state.groups.append(GroupHandle(report, payload))
+        flight.unfinished.discard(job.id)
+        flight.groups.append(GroupHandle(report, payload))
 
-    def _lost(self, worker: _Worker, death: RayActorError, state: _Collection) -> None:
+    def _lost(self, worker: _Worker, death: RayActorError) -> None:
         """A worker died: its unfinished groups become suspects, or are given up."""
-        for job in worker.jobs.values():
-            state.counts.aborted["worker_died"] += job.size
-            # Only a group that was alone on the worker is known to have been there when it died.
-            guilty = len(worker.jobs) == 1
-            again = job.again()
-            if guilty and again.attempt > self._config.rollout.retries:
-                state.unfinished.discard(job.id)
-            else:
-                state.suspects.append(again if guilty else job)
-        worker.jobs, worker.stream = {}, None
-        state.restarts += 1
+        # Only a group that was alone on the worker is known to have been there when it died.
+        guilty = worker.load == 1
+        flights = {id(stream.flight): stream.flight for stream in worker.streams.values()}
+        for stream in worker.streams.values():
+            for job in stream.jobs.values():
+                stream.flight.counts.aborted["worker_died"] += job.size
+                again = job.again()
+                if guilty and again.attempt > self._config.rollout.retries:
+                    stream.flight.unfinished.discard(job.id)
+                else:
+                    self._suspects.append((again if guilty else job, stream.flight))
+        for flight in list(flights.values())[:1]:  # one death, booked once
+            flight.restarts += 1
+        worker.streams, worker.alone = {}, False
         if isinstance(death, ActorDiedError):
             worker.actor = self._make(worker.index)
         worker.ping, worker.since = worker.actor.ready.remote(), time.monotonic()
@@ -222,7 +334,7 @@ class RolloutPool:
                 worker.actor = self._make(worker.index)
             worker.ping = worker.actor.ready.remote()
 
-    def _await_any(self) -> list[_Worker]:
+    def _await_any(self) -> None:
         deadline = time.monotonic() + self._config.cluster.wait_seconds
         while not self._live():
             pings = {w.ping: w for w in self._workers}
@@ -231,30 +343,6 @@ class RolloutPool:
                 self._pinged(pings[item])
             if time.monotonic() > deadline:
                 raise WaitTimeout("the controller waited for any rollout worker to come back")
-        return self._live()
-
-    def _abandon(self) -> None:
-        for worker in self._workers:
-            if worker.stream is not None:
-                ray.cancel(worker.stream)
-                worker.stream, worker.jobs = None, {}
-
-
-class _Collection:
-    """The books of one `collect`."""
-
-    def __init__(self, jobs: Sequence[GroupJob], retries: int) -> None:
-        self.fresh = list(jobs)
-        self.suspects: deque[GroupJob] = deque()
-        self.unfinished = {job.id for job in jobs}
-        self.groups: list[GroupHandle] = []
-        self.counts = Counts()
-        self.restarts = 0
-
-
-def _deal(jobs: Sequence[GroupJob], hands: int) -> list[list[GroupJob]]:
-    """Deal jobs round the table; which worker plays what is the same in every run."""
-    return [list(jobs[i::hands]) for i in range(hands)]
 
 
 @contextmanager
@@ -272,7 +360,8 @@ def rollout_pool(config: Config, placement: Placement) -> Iterator[RolloutPool]:
     def make(index: int) -> Any:
         options = placement.worker(index)
         # An async actor runs as many calls at once as it has pings and plays outstanding.
-        return cls.options(**options, max_concurrency=64).remote(config, index, count, paths)
+        calls = _CALLS + config.rollout.concurrency
+        return cls.options(**options, max_concurrency=calls).remote(config, index, count, paths)
 
     workers = [_Worker(i, make(i)) for i in range(count)]
     try:

@@ -89,7 +89,8 @@ class RolloutWorker:
         """Play groups with one version of the weights.
 
         Args:
-            version: the version that must answer.
+            version: the oldest version that may answer; a newer one may come while they are played, and
+                takes over between two turns of a conversation.
             weights: {"refs": references to the encoded weights, "lineage": see `PublishedWeights`}; nested,
                 so that they are fetched only if this worker does not hold them yet.
             jobs: what to play.
@@ -122,7 +123,7 @@ class RolloutWorker:
 
     async def _hold(self, engine: TransformersEngine, version: int, weights: Mapping[str, Any]) -> None:
         async with self._loading:
-            if (engine.version, self._lineage) == (version, weights["lineage"]):
+            if self._lineage == weights["lineage"] and engine.version >= version:
                 # What is played must not depend, to the last bit, on what was played before with the same
                 # weights: an evaluation, say, which a resumed run does not repeat.
                 engine.forget()

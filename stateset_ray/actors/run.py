@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from stateset_ray import checkpoint
-from stateset_ray.actors.credit import Batch, informative
+from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.evaluation import Evaluation, evaluate_heldout
 from stateset_ray.actors.jobs import GroupPayload
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
+from stateset_ray.actors.lookahead import Lookahead
 from stateset_ray.actors.placement import cluster, place
 from stateset_ray.actors.record import step_record
 from stateset_ray.actors.remote import get
@@ -72,6 +73,7 @@ class Run:
         self._saved: int | None = None
         self._empty = 0
         self._tasks = TaskStream(config, environment)
+        self._ahead = Lookahead(config, pool, self._tasks)
 
     # -- the loop's view ---------------------------------------------------------------------------
 
@@ -82,31 +84,40 @@ class Run:
                 raise KeyboardInterrupt
             yield self.step
 
-    def collect(self, step: int) -> Collected:
-        """Play the next groups of the task stream with the published weights.
+    def collect(self, step: int, staleness: int = 0) -> Collected:
+        """The groups of a step, played with the published weights or those of at most `staleness` steps ago.
 
         Groups of equal rewards are replaced by further tasks, in up to `grpo.refills` rounds; what was
-        replaced is in the result too, for the books.
+        replaced is in the result too, for the books. Groups of later steps are begun as staleness allows.
         """
-        self._tasks.begin()
-        wanted = self.config.train.tasks_per_step
-        collected = self.pool.collect(self._tasks.draw(step, wanted), self._stop.is_set)
-        for _ in range(self.config.grpo.refills):
-            missing = wanted - sum(informative(group.report, self.config) for group in collected.groups)
-            if missing <= 0:
-                break
-            collected.add(self.pool.collect(self._tasks.draw(step, missing), self._stop.is_set))
+        collected = self._ahead.take(step, staleness, self._stop.is_set)
+        versions = [v for g in collected.groups for v in g.report.oldest if v is not None]
+        bound = self.version - staleness * self.config.train.updates_per_step
+        if versions and min(versions) < bound:
+            raise RunError(
+                f"a conversation was played with weights that are older than {staleness} steps",
+                given=f"version {min(versions)}, at least {bound} was to be expected",
+                mend="this is a bug of stateset_ray: please report it with the run folder",
+            )
         return collected
+
+    def run_ahead(self, step: int, staleness: int) -> None:
+        """Begin to play what may be played while `step` is the next to be learned from."""
+        self._ahead.admit(step, staleness)
 
     def collect_expert(self, step: int) -> Collected:
         """Play the dialogues of one warm-start step with the environment's expert."""
         return self.pool.collect(self._tasks.expert(step), self._stop.is_set)
 
-    def update(self, batch: Batch, step: int, loss: LossKind = "policy") -> dict[str, float]:
-        """Learn from a batch; {} where nothing in it has a gradient."""
+    def update(
+        self, batch: Batch, step: int, loss: LossKind = "policy", staleness: int = 0
+    ) -> dict[str, float]:
+        """Learn from a batch; {} where nothing in it has a gradient. Rollouts of later steps go on."""
         if not batch.updates:
             return {}
-        return self.learners.update(batch.updates, step, loss, self.kl_coef)
+        return self._ahead.meanwhile(
+            step, staleness, lambda: self.learners.update(batch.updates, step, loss, self.kl_coef)
+        )
 
     def publish(self, version: int) -> None:
         """Make the learners' weights the ones that every worker answers with, from its next turn on."""
@@ -132,7 +143,11 @@ class Run:
         self, collected: Collected, batch: Batch, update: Mapping[str, float], seconds: Mapping[str, float]
     ) -> None:
         """Close a step: metrics, warnings, sampled conversations, evaluation, checkpoint."""
-        record = step_record(self.step, self.version, collected, batch, update, seconds)
+        learned_with = self.version - int(update.get("applied", 0))
+        playing = sum(seconds.values()) if self.config.train.max_staleness else seconds["rollout"]
+        record = step_record(
+            self.step, self.version, learned_with, collected, batch, update, seconds, playing=playing
+        )
         if self.config.grpo.kl_coef:
             record["kl_coef"] = self.kl_coef
         problems = diagnose(record, self.config)
@@ -141,8 +156,8 @@ class Run:
         self._log_trajectories(collected)
         for problem in problems:
             self.emit("warning", step=self.step, **problem.as_dict())
+        self._tasks.finish(self.step)
         self.step += 1
-        self._tasks.finish()
         if self.config.grpo.kl_target and "kl_reference" in update:
             self.kl_coef = next_kl_coef(self.kl_coef, update["kl_reference"], self.config.grpo.kl_target)
         self._stop_if_hopeless(batch, problems)
@@ -176,7 +191,7 @@ class Run:
             "version": self.version,
             "results": self.results,
             "seconds": self._elapsed(),
-            "next_task": self._tasks.position,
+            **self._tasks.state(),
             "kl_coef": self.kl_coef,
             "ranks": self.config.learner.ranks,
         }
@@ -213,13 +228,13 @@ class Run:
         """Continue from the newest whole checkpoint; from the start if there is none."""
         found = checkpoint.latest(self.folder / "checkpoints")
         step, version, results = 0, 0, {}
-        self._tasks.rewind(None)
+        self._ahead.clear()
+        self._tasks.rewind(found.meta if found else None)
         ranks = [self.config.learner.ranks] * 2
         if found is not None:
             self.learners.load(found.path)
             ranks[0] = int(found.meta.get("ranks", ranks[1]))
             step, version, results = found.step, int(found.meta["version"]), dict(found.meta["results"])
-            self._tasks.rewind(int(found.meta["next_task"]))
             self.kl_coef = float(found.meta.get("kl_coef", self.kl_coef))
             if self._saved is None:  # another process has spent this time
                 self._seconds_before = float(found.meta["seconds"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from stateset_ray.actors.jobs import GroupJob
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment
@@ -13,10 +16,8 @@ __all__ = ["TaskStream"]
 class TaskStream:
     """Train tasks by index: first those of the warm start, then those of the steps, one after the other.
 
-    A job depends on configuration, step and position only.
-
-    Attributes:
-        position: index of the first task that no finished step has drawn.
+    A job depends on configuration, step and position only. Several steps may be under way; what each has
+    drawn is remembered until it is finished, so that it can be drawn again.
     """
 
     def __init__(self, config: Config, environment: Environment) -> None:
@@ -24,29 +25,49 @@ class TaskStream:
         self._environment = environment
         self._dialogues = config.train.warm_start.dialogues
         self._first = config.train.warm_start.steps * self._dialogues
-        self.position = self._drawn = self._first
+        self._next = self._first
+        self._drawn: dict[int, list[int]] = {}
+        self._again: dict[int, list[int]] = {}
 
     def expert(self, step: int) -> list[GroupJob]:
         """The dialogues of one warm-start step, each once, for the environment's expert."""
         first = step * self._dialogues
         return [self._job(f"warm-{step}", i, 1, expert=True) for i in range(first, first + self._dialogues)]
 
-    def begin(self) -> None:
-        """Begin a step: what an unfinished one has drawn is drawn again."""
-        self._drawn = self.position
+    def begin(self, step: int) -> None:
+        """Begin a step: what it has drawn before, without being finished, is drawn again."""
+        self._again[step] = self._drawn.pop(step, []) + self._again.get(step, [])
 
     def draw(self, step: int, count: int) -> list[GroupJob]:
         """The next groups of a step."""
-        first, self._drawn = self._drawn, self._drawn + count
-        return [self._job(str(step), i, self._config.grpo.group_size) for i in range(first, self._drawn)]
+        again = self._again.get(step, [])
+        indices, self._again[step] = again[:count], again[count:]
+        fresh = count - len(indices)
+        indices += range(self._next, self._next + fresh)
+        self._next += fresh
+        self._drawn.setdefault(step, []).extend(indices)
+        return [self._job(str(step), i, self._config.grpo.group_size) for i in indices]
 
-    def finish(self) -> None:
+    def finish(self, step: int) -> None:
         """End a step: what it has drawn is played."""
-        self.position = self._drawn
+        self._drawn.pop(step, None)
+        self._again.pop(step, None)
 
-    def rewind(self, position: int | None) -> None:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to know: the next task, and what unfinished steps have drawn."""
+        steps = self._drawn.keys() | self._again.keys()
+        drawn = {str(s): self._drawn.get(s, []) + self._again.get(s, []) for s in sorted(steps)}
+        return {
+            "next_task": self._next,
+            "drawn": {step: indices for step, indices in drawn.items() if indices},
+        }
+
+    def rewind(self, state: Mapping[str, Any] | None) -> None:
         """Go back to where a checkpoint was; None: to the first step."""
-        self.position = self._drawn = self._first if position is None else position
+        self._next = self._first if state is None else int(state["next_task"])
+        self._drawn = {}
+        drawn = {} if state is None else state.get("drawn", {})
+        self._again = {int(step): [int(i) for i in indices] for step, indices in drawn.items()}
 
     def _job(self, step: str, index: int, size: int, *, expert: bool = False) -> GroupJob:
         task = self._environment.task("train", index)

@@ -1,0 +1,154 @@
+"""Steps whose groups are played before they are asked for, and how far ahead they may run.
+
+Every step learns from the groups that the task stream deals to it, whichever were finished first: nothing
+that was played is thrown away, and short conversations are not favoured. A conversation that does not end
+holds its step no longer than `rollout.conversation_timeout`.
+
+Who waits for whom: `take` waits for the groups of its step; the groups of later steps are played meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from stateset_ray.actors.credit import informative
+from stateset_ray.actors.jobs import Counts
+from stateset_ray.actors.rollout_pool import Collected, Flight, RolloutPool
+from stateset_ray.actors.task_stream import TaskStream
+from stateset_ray.config import Config
+
+__all__ = ["Lookahead", "may_start"]
+
+_POLL = 0.02  # seconds between looks at work that is done beside the rollouts
+
+_T = TypeVar("_T")
+
+
+def may_start(
+    *, capacity: int, staleness: int, steps: int, per_step: int, accepted: int, running: int
+) -> int:
+    """How many groups may be started now (the admission rule of AReaL).
+
+    The k-th group ever started is learned from in step floor((k - 1) / per_step). Those that are allowed
+    here are learned from at most `staleness` steps after the weights that begin to play them.
+
+    Args:
+        capacity: groups that can be played at once.
+        staleness: steps that a group may lag behind; 0 is synchronous.
+        steps: steps done.
+        per_step: groups of a step.
+        accepted: groups finished since the start of the run.
+        running: groups that are being played.
+
+    Example:
+        >>> may_start(capacity=64, staleness=0, steps=3, per_step=4, accepted=12, running=0)
+        4
+        >>> may_start(capacity=6, staleness=1, steps=3, per_step=4, accepted=13, running=2)
+        4
+    """
+    return max(0, min(capacity - running, (staleness + steps + 1) * per_step - (accepted + running)))
+
+
+class Lookahead:
+    """The flights of the next steps.
+
+    Args:
+        config: of the run.
+        pool: plays the groups.
+        tasks: deals them to steps.
+    """
+
+    def __init__(self, config: Config, pool: RolloutPool, tasks: TaskStream) -> None:
+        self._config = config
+        self._pool = pool
+        self._tasks = tasks
+        self._flights: dict[int, Flight] = {}
+        self._admitted: dict[int, int] = {}
+        self._taken = 0  # the first step that was not taken yet
+        self._in_vain = Counts()
+
+    def admit(self, step: int, staleness: int) -> None:
+        """Start what may be started while `step` steps are done."""
+        per_step = self._config.train.tasks_per_step
+        admitted = sum(self._admitted.values())
+        running = min(admitted, sum(len(flight.unfinished) for flight in self._flights.values()))
+        room = may_start(
+            # A synchronous step is dealt out whole, whatever the workers can play at once.
+            capacity=max(self._pool.capacity, per_step), staleness=staleness, steps=step, per_step=per_step,
+            accepted=self._taken * per_step + admitted - running, running=running,
+        )  # fmt: skip
+        for ahead in range(self._taken, min(step + staleness + 1, self._config.train.steps)):
+            if ahead not in self._flights:
+                self._tasks.begin(ahead)
+                self._flights[ahead], self._admitted[ahead] = Flight(), 0
+            count = min(room, per_step - self._admitted[ahead])
+            if count:
+                self._admitted[ahead] += count
+                room -= count
+                self._pool.dispatch(self._flights[ahead], self._tasks.draw(ahead, count))
+
+    def take(self, step: int, staleness: int, should_stop: Callable[[], bool]) -> Collected:
+        """Wait for the groups of a step.
+
+        Groups of equal rewards are replaced by further tasks, in up to `grpo.refills` rounds; what was
+        replaced is in the result too, for the books.
+
+        Raises:
+            StatesetError, KeyboardInterrupt: see `RolloutPool.collect`.
+        """
+        wanted = self._config.train.tasks_per_step
+        self._taken = step
+
+        def admit() -> None:
+            self.admit(step, staleness)
+
+        admit()
+        flight = self._flights[step]
+        while self._admitted[step] < wanted:  # more than the workers can play at once
+            if flight.unfinished:
+                self._pool.wait(flight, should_stop, admit)
+            else:
+                self._pool.advance(_POLL)
+            admit()
+        self._pool.wait(flight, should_stop, admit)
+        for _ in range(self._config.grpo.refills):
+            missing = wanted - sum(informative(group.report, self._config) for group in flight.groups)
+            if missing <= 0:
+                break
+            self._pool.dispatch(flight, self._tasks.draw(step, missing))
+            self._pool.wait(flight, should_stop, admit)
+        del self._flights[step], self._admitted[step]
+        self._taken = step + 1
+        collected = flight.collected()
+        collected.counts.dispatched += self._in_vain.dispatched
+        collected.counts.aborted += self._in_vain.aborted
+        self._in_vain = Counts()
+        return collected
+
+    def meanwhile(self, step: int, staleness: int, work: Callable[[], _T]) -> _T:
+        """Do something else that blocks, and keep the workers supplied until it is done.
+
+        Raises:
+            Exception: what `work` raised; StatesetError: see `RolloutPool.collect`.
+        """
+        if not self._flights:
+            return work()
+        with ThreadPoolExecutor(1, thread_name_prefix="meanwhile") as thread:
+            done = thread.submit(work)
+            while not done.done() and any(flight.unfinished for flight in self._flights.values()):
+                if self._pool.advance(_POLL):
+                    self.admit(step, staleness)
+            return done.result()
+
+    def clear(self) -> None:
+        """Give up every flight: the run goes back to a checkpoint. Their books go to the next step's."""
+        if not self._flights:
+            return
+        self._pool.abandon()
+        for flight in self._flights.values():
+            lost = flight.abandoned("rewound")
+            self._in_vain.dispatched += lost.dispatched
+            self._in_vain.aborted += lost.aborted
+        self._flights, self._admitted = {}, {}

@@ -1,0 +1,125 @@
+"""How far rollouts may run ahead: the admission rule, and which step gets which tasks."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stateset_ray.actors.lookahead import may_start
+from stateset_ray.actors.task_stream import TaskStream
+from stateset_ray.config import Config, load_config
+from stateset_ray.environments.echo import Echo
+from stateset_ray.errors import ConfigError
+from stateset_ray.train import train
+from stateset_ray.train_async import corrected
+
+
+@given(
+    staleness=st.integers(0, 4), per_step=st.integers(1, 5), capacity=st.integers(1, 20),
+    seconds=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+)  # fmt: skip
+def test_bug_23_no_group_is_staler_than_allowed_and_none_waits_for_ever(
+    staleness: int, per_step: int, capacity: int, seconds: list[int]
+) -> None:
+    """A simulation of the loop: groups take any time, a step takes the groups that were dealt to it."""
+    total = len(seconds) - len(seconds) % per_step
+    running: dict[int, int] = {}  # group -> when it ends
+    played_with: list[int] = []
+    finished: set[int] = set()
+    now = steps = 0
+    while steps * per_step < total:
+        room = may_start(
+            capacity=max(capacity, per_step), staleness=staleness, steps=steps, per_step=per_step,
+            accepted=len(finished), running=len(running),
+        )  # fmt: skip
+        for _ in range(min(room, total - len(played_with))):
+            running[len(played_with)] = now + seconds[len(played_with)]
+            played_with.append(steps)
+        assert len(running) <= max(capacity, per_step)
+        mine = set(range(steps * per_step, (steps + 1) * per_step))
+        if mine <= finished:
+            assert all(steps - played_with[group] <= staleness for group in mine)
+            steps += 1
+            continue
+        assert running, "nothing is played and the step is not complete: a deadlock"
+        now = min(running.values())
+        finished |= {group for group, end in running.items() if end <= now}
+        running = {group: end for group, end in running.items() if end > now}
+    assert len(played_with) == total
+
+
+def test_bug_24_after_a_resume_there_is_no_burst() -> None:
+    started = may_start(capacity=999, staleness=2, steps=50, per_step=4, accepted=50 * 4, running=0)
+    assert started == 3 * 4
+
+
+@pytest.fixture
+def tasks() -> TaskStream:
+    return TaskStream(load_config(None, ["grpo.group_size=2", "train.warm_start.steps=0"]), Echo())
+
+
+def _ids(jobs: object) -> list[str]:
+    return [job.task.id for job in jobs]  # type: ignore[attr-defined]
+
+
+def test_steps_under_way_draw_the_same_tasks_again_after_a_rewind(tasks: TaskStream) -> None:
+    tasks.begin(0)
+    zero = _ids(tasks.draw(0, 2))
+    tasks.begin(1)
+    one = _ids(tasks.draw(1, 2))
+    refill = _ids(tasks.draw(0, 1))
+    assert len({*zero, *one, *refill}) == 5
+    tasks.finish(0)
+    state = tasks.state()
+    later = _ids(tasks.draw(2, 2))
+    tasks.rewind(state)
+    tasks.begin(1)
+    assert _ids(tasks.draw(1, 2)) == one
+    tasks.begin(2)
+    assert _ids(tasks.draw(2, 2)) == later
+
+
+def test_an_unfinished_step_draws_its_tasks_again_and_then_new_ones(tasks: TaskStream) -> None:
+    tasks.begin(0)
+    first = _ids(tasks.draw(0, 3))
+    tasks.begin(0)
+    again = deque(_ids(tasks.draw(0, 2)) + _ids(tasks.draw(0, 2)))
+    assert [again.popleft() for _ in range(3)] == first
+    assert again[0] not in first
+
+
+def test_a_checkpoint_of_a_run_in_turn_knows_only_the_next_task(tasks: TaskStream) -> None:
+    tasks.begin(0)
+    tasks.draw(0, 4)
+    tasks.finish(0)
+    assert tasks.state() == {"next_task": 4, "drawn": {}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], ("sampler", "none")),
+        (["train.max_staleness=1"], ("proximal", "tis")),
+        (["train.max_staleness=1", "grpo.trust='sampler'"], ("sampler", "none")),
+        (["train.max_staleness=1", "grpo.trust='proximal'", "grpo.correction='none'"], ("proximal", "none")),
+        (["train.max_staleness=1", "grpo.preset='gspo'"], ("proximal", "tis")),
+        (["train.max_staleness=1", "grpo.preset='dppo'"], ("sampler", "none")),
+    ],
+)
+def test_stale_samples_are_corrected_unless_it_says_how(
+    settings: list[str], expected: tuple[str, str]
+) -> None:
+    objective = corrected(load_config(None, settings)).grpo
+    assert (objective.trust, objective.correction) == expected
+
+
+def test_what_was_corrected_stays_so_when_it_is_read_again() -> None:
+    once = corrected(load_config(None, ["train.max_staleness=2"]))
+    again = Config.model_validate(once.model_dump())
+    assert corrected(again) == once
+
+
+def test_the_loop_in_turn_refuses_to_run_ahead() -> None:
+    with pytest.raises(ConfigError, match="lets no rollout run ahead"):
+        train(load_config(None, ["train.max_staleness=1"]))
