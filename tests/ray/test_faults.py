@@ -146,7 +146,7 @@ def test_a_broken_engine_is_tried_again_and_then_reported(run: Run) -> None:
         name: np.full_like(array, np.nan) for part in ray.get(list(good.refs)) for name, array in part.items()
     }
     Playground.plan = {}
-    run.pool.weights = PublishedWeights(10**6, (ray.put(broken),))
+    run.pool.weights = PublishedWeights(10**6, (ray.put(broken),), lineage=99)
     try:
         collected = run.collect(run.step)
     finally:

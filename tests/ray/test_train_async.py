@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playground import small
+from playground import Playground, small
 
 from stateset_ray import checkpoint
 from stateset_ray.actors.run import open_run
@@ -36,22 +36,29 @@ def balanced(record: dict[str, Any]) -> bool:
     return bool(counts["dispatched"] == ended)
 
 
-def test_bug_40_staleness_0_is_the_loop_in_turn_bit_for_bit(tmp_path: Path) -> None:
-    settings = ("train.steps=3", "grpo.refills=1", "rollout.workers=2", "evaluate.tasks=2")
+def test_bug_24_40_staleness_0_is_the_loop_in_turn_bit_for_bit(tmp_path: Path) -> None:
+    settings = (
+        "train.steps=3", "grpo.refills=1", "rollout.workers=2", "evaluate.tasks=2", "rollout.max_turns=1",
+        "rollout.on_cut_reply='end'",
+    )  # fmt: skip
     turn, ahead = small(tmp_path / "turn", *settings), small(tmp_path / "ahead", *settings)
     summaries = train(turn), train_async(ahead)
     assert weights(turn) == weights(ahead)
     assert summaries[0]["heldout_after"] == summaries[1]["heldout_after"]
     for one, other in zip(records(turn), records(ahead), strict=True):
-        same = {"reward_mean", "loss", "grad_norm", "trajectories", "staleness"}
+        same = {"reward_mean", "loss", "grad_norm", "trajectories", "staleness", "stop_reasons"}
         assert {k: one[k] for k in same} == {k: other[k] for k in same}
         assert one["staleness"]["max"] == 0
+    assert any(record["truncated_share"] for record in records(ahead))
 
 
-def test_rollouts_run_ahead_within_the_bound_and_every_task_is_learned_from_in_order(tmp_path: Path) -> None:
+def test_bug_27_a_step_waits_for_its_slow_tasks_and_learns_from_every_task_in_order(tmp_path: Path) -> None:
+    """Slow conversations are not outrun: rollouts run ahead of them, and are learned from after them."""
+    Playground.plan = {index: {"fault": "slow", "seconds": 1.0} for index in (0, 5, 6)}
     config = small(
-        tmp_path, "train.steps=6", "train.max_staleness=2", "rollout.workers=2", "run.log_trajectories=2"
-    )
+        tmp_path, "train.steps=6", "train.max_staleness=2", "rollout.workers=2", "run.log_trajectories=2",
+        'environment.path="playground:Playground"',
+    )  # fmt: skip
     summary = train_async(config)
     assert summary["steps"] == 6
     seen = records(config)

@@ -19,7 +19,7 @@ from stateset_ray.train_async import corrected
     staleness=st.integers(0, 4), per_step=st.integers(1, 5), capacity=st.integers(1, 20),
     seconds=st.lists(st.integers(1, 30), min_size=1, max_size=40),
 )  # fmt: skip
-def test_bug_23_no_group_is_staler_than_allowed_and_none_waits_for_ever(
+def test_bug_23_24_no_group_is_staler_than_allowed_and_none_waits_for_ever(
     staleness: int, per_step: int, capacity: int, seconds: list[int]
 ) -> None:
     """A simulation of the loop: groups take any time, a step takes the groups that were dealt to it."""
@@ -49,7 +49,7 @@ def test_bug_23_no_group_is_staler_than_allowed_and_none_waits_for_ever(
     assert len(played_with) == total
 
 
-def test_bug_24_after_a_resume_there_is_no_burst() -> None:
+def test_bug_23_after_a_resume_there_is_no_burst() -> None:
     started = may_start(capacity=999, staleness=2, steps=50, per_step=4, accepted=50 * 4, running=0)
     assert started == 3 * 4
 

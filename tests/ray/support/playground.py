@@ -122,6 +122,8 @@ class Playground(Echo):
                 await asyncio.Event().wait()
             case "garbage":
                 return "not a Step"
+            case "slow":  # the latency of a tool, say
+                await asyncio.sleep(self._data["seconds"])
             case "nan":
                 return Step(reward=float("nan"), terminated=True)
             case "freeze":  # with all conversations of this process, until it is killed
