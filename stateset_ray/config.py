@@ -132,6 +132,8 @@ class LearnerConfig(_Section):
     """Sampled tokens whose logits exist at one time."""
     share_prefix: bool = True
     """Compute what the conversations of a group begin with once per group and micro-batch."""
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    """A kernel per stretch of tokens, on any device, or one compiled kernel for a whole batch (GPUs only)."""
     gradient_checkpointing: bool = False
     restarts: int = Field(default=2, ge=0)
     """How often in a run the ranks are built anew after one died."""
@@ -218,6 +220,11 @@ class Config(_Section):
     def _fields_agree(self) -> Self:
         rollout, learner = self.rollout, self.learner
         _check_learner(learner, self.model)
+        if learner.attention == "flex" and (self.model.device == "cpu" or not self.cluster.learner_gpus):
+            raise ValueError(
+                "learner.attention = 'flex' has no backward pass on a CPU: set cluster.learner_gpus and "
+                "leave model.device at 'auto', or set attention = 'sdpa'"
+            )
         if learner.lora.rank and self.grpo.reference_every:
             raise ValueError(
                 "grpo.reference_every cannot move the reference under learner.lora, where it is the model "

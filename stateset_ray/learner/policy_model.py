@@ -22,8 +22,9 @@ from stateset_ray.errors import ModelError
 from stateset_ray.grpo.loss import token_logprobs
 from stateset_ray.learner.adapters import Adapters
 from stateset_ray.learner.batch import PackedBatch
+from stateset_ray.learner.flex_rows import FlexRows
 from stateset_ray.learner.trainable import freeze
-from stateset_ray.models import TreeRows, state_tensors
+from stateset_ray.models import Rows, TreeRows, state_tensors
 
 __all__ = ["Gather", "PolicyModel", "TokenScores", "after_the_head", "buckets"]
 
@@ -56,6 +57,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         between = after_the_head(model)
         self._device = str(model.device)
+        self._rows = FlexRows if config.attention == "flex" else TreeRows
         # Named before anything divides or wraps them: under ZeRO 3, tied ones can no longer be told apart.
         every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         self._weights = {name: every[name] for name in state_tensors(model)}
@@ -107,7 +109,7 @@ class PolicyModel(nn.Module):
         scores: tuple[torch.Tensor, torch.Tensor] = run(
             torch.from_numpy(packed.input_ids).to(device),
             torch.from_numpy(packed.position_ids).to(device),
-            TreeRows(packed.segments, device),
+            self._rows(packed.segments, device),
             torch.from_numpy(packed.logit_indices).to(device),
             torch.from_numpy(packed.target_ids).to(device),
             temperature,
@@ -119,7 +121,7 @@ class PolicyModel(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        rows: TreeRows,
+        rows: Rows,
         logit_indices_M: torch.Tensor,
         target_ids_M: torch.Tensor,
         temperature: float,
