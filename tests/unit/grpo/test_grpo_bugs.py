@@ -192,6 +192,8 @@ def test_bug_17_what_is_filtered_or_rejected_leaks_into_no_baseline(kind: str) -
     batch = _batch([[Talk((9.0,)), Talk((9.0,))], talks], config)
     assert [ref.advantages[0] for ref in batch.updates[0].samples] == pytest.approx(alone)
     assert batch.counts.filtered == 2
+    # Neither do its tokens count where the loss is divided by them.
+    assert batch.updates[0].denominator == _batch([talks], config).updates[0].denominator
 
 
 @pytest.mark.parametrize("kind", KINDS)
