@@ -75,6 +75,8 @@ class RolloutConfig(_Section):
     """How conversations are played. Each limit is named and ends a conversation with its StopReason."""
 
     workers: int = Field(default=1, ge=1)
+    engines: int = Field(default=0, ge=0)
+    """Inference engines apart from the workers, which then need no model; 0: one inside each worker."""
     concurrency: int = Field(default=64, ge=1)
     """Conversations that one worker holds at once (each owns a KV-cache slot)."""
     temperature: float = Field(default=1.0, gt=0, le=10)
@@ -189,6 +191,8 @@ class ClusterConfig(_Section):
     """Ray cluster to join; empty: RAY_ADDRESS if set, else a cluster of this run's own."""
     worker_cpus: float = Field(default=1.0, ge=0)
     worker_gpus: float = Field(default=0.0, ge=0)
+    engine_cpus: float = Field(default=1.0, ge=0)
+    engine_gpus: float = Field(default=0.0, ge=0)
     learner_cpus: float = Field(default=1.0, ge=0)
     learner_gpus: float = Field(default=0.0, ge=0)
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -148,6 +148,7 @@ def _devices(config: Config) -> Finding:
     detail = f"{cores} cores, " + (f"{count} GPUs ({names})" if count else "no GPU: float32 on the CPU")
     room = config.cluster
     asked = room.learner_gpus * config.learner.ranks + room.worker_gpus * config.rollout.workers
+    asked += room.engine_gpus * config.rollout.engines
     elsewhere = bool(room.address or os.environ.get("RAY_ADDRESS"))
     if asked > count and not elsewhere:
         return Finding(

@@ -1,7 +1,7 @@
 """Ray itself: joining or starting a cluster, and asking it for room.
 
 Who sits where is decided by `[cluster]` in the configuration and by nothing else. The room is one
-placement group: a bundle per rollout worker, then a bundle per learner rank.
+placement group: a bundle per rollout worker, per inference engine, and per learner rank.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _log = logging.getLogger(__name__)
 
 
 def bundles(config: Config, *, learners: bool = True) -> list[dict[str, float]]:
-    """The bundles to ask for: one per rollout worker, then one per learner rank of a training run."""
+    """The bundles to ask for: one per rollout worker, one per inference engine, one per learner rank."""
     room = config.cluster
     learner = {"CPU": room.learner_cpus, "GPU": room.learner_gpus}
     worker = {"CPU": room.worker_cpus, "GPU": room.worker_gpus}
-    wanted = [worker] * config.rollout.workers + [learner] * (config.learner.ranks if learners else 0)
+    engine = {"CPU": room.engine_cpus, "GPU": room.engine_gpus}
+    wanted = [worker] * config.rollout.workers + [engine] * config.rollout.engines
+    wanted += [learner] * (config.learner.ranks if learners else 0)
     return [{name: amount for name, amount in bundle.items() if amount} for bundle in wanted]
 
 
@@ -51,6 +53,7 @@ def describe(config: Config) -> dict[str, Any]:
         "address": _address(config) or "a local cluster of its own",
         "learner_ranks": config.learner.ranks,
         "rollout_workers": config.rollout.workers,
+        "inference_engines": config.rollout.engines or "one in each rollout worker",
         "bundles": bundles(config),
         "total": dict(_totals(config)),
     }
@@ -115,7 +118,13 @@ class Placement:
     def learner(self, rank: int) -> dict[str, Any]:
         """Actor options of one learner rank."""
         room = self._config.cluster
-        return self._options(self._config.rollout.workers + rank, room.learner_cpus, room.learner_gpus)
+        before = self._config.rollout.workers + self._config.rollout.engines
+        return self._options(before + rank, room.learner_cpus, room.learner_gpus)
+
+    def engine(self, index: int) -> dict[str, Any]:
+        """Actor options of one inference engine."""
+        room = self._config.cluster
+        return self._options(self._config.rollout.workers + index, room.engine_cpus, room.engine_gpus)
 
     def worker(self, index: int) -> dict[str, Any]:
         """Actor options of one rollout worker."""

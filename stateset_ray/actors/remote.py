@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -10,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from stateset_ray.errors import ClusterError, StatesetError, WaitTimeout
 
-__all__ = ["cause_of", "get"]
+__all__ = ["await_ready", "cause_of", "get"]
 
 _TRACE_LINES = 12  # of a remote traceback that a person may need
 
@@ -42,6 +43,25 @@ def get(refs: Any, *, timeout: float, waiting_for: str) -> Any:
             f"an actor died while the controller waited for {waiting_for}: {error}",
             mend="look at its log; is there memory for its model?",
         ) from error
+
+
+def await_ready(actors: Sequence[Any], what: str, seconds: float) -> None:
+    """Wait until every actor has answered `ready`.
+
+    Raises:
+        StatesetError: one could not be built.
+        WaitTimeout: not all did in time.
+    """
+    refs = [actor.ready.remote() for actor in actors]
+    if not refs:
+        return
+    ready, waiting = ray.wait(refs, num_returns=len(refs), timeout=seconds)
+    get(ready, timeout=1, waiting_for=f"{what} that said they are ready")
+    if waiting:
+        raise WaitTimeout(
+            f"{len(waiting)} of {len(refs)} {what} were not ready after {seconds:.0f} s",
+            mend="raise cluster.wait_seconds if the model is large; else look at their logs",
+        )
 
 
 def cause_of(error: RayTaskError) -> Exception:

@@ -19,9 +19,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from stateset_ray.actors.inference_pool import inference_engines
 from stateset_ray.actors.jobs import Counts, GroupJob, GroupReport
 from stateset_ray.actors.placement import Placement, import_paths
-from stateset_ray.actors.remote import cause_of, get
+from stateset_ray.actors.remote import await_ready, cause_of, get
 from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.actors.weights import PublishedWeights
 from stateset_ray.config import Config
@@ -114,8 +115,12 @@ class _Worker:
 class RolloutPool:
     """Plays jobs on the workers that `rollout_pool` created."""
 
-    def __init__(self, config: Config, workers: list[_Worker], make: Callable[[int], Any]) -> None:
+    def __init__(
+        self, config: Config, workers: list[_Worker], make: Callable[[int], Any],
+        engines: Sequence[Any] = (),
+    ) -> None:  # fmt: skip
         self._config = config
+        self._engines = engines
         self._workers = workers
         self._make = make
         self._suspects: deque[tuple[GroupJob, Flight]] = deque()
@@ -136,8 +141,13 @@ class RolloutPool:
         live = [w.actor.ready.remote() for w in self._workers if w.ping is None]
         return [facts["pid"] for facts in self._ask(live)]
 
+    @property
+    def engine_pids(self) -> list[int]:
+        """Process ids of the engines that sit apart from the workers."""
+        return [facts["pid"] for facts in self._ask([e.ready.remote() for e in self._engines])]
+
     def stats(self) -> list[dict[str, float]]:
-        """`EngineStats` of every live worker."""
+        """What every live worker's engine has done, or its router: `EngineStats`, `Router.stats`."""
         live = [w.actor.stats.remote() for w in self._workers if w.ping is None]
         return list(self._ask(live))
 
@@ -347,12 +357,18 @@ class RolloutPool:
 
 @contextmanager
 def rollout_pool(config: Config, placement: Placement) -> Iterator[RolloutPool]:
-    """Create the workers, wait until they can work, and end them afterwards.
+    """Create engines and workers, wait until they can work, and end them afterwards.
 
     Raises:
         StatesetError: a worker could not be built (its model, its template); the cause is passed on.
         WaitTimeout: not ready within `cluster.wait_seconds`.
     """
+    with inference_engines(config, placement) as engines, _workers(config, placement, engines) as pool:
+        yield pool
+
+
+@contextmanager
+def _workers(config: Config, placement: Placement, engines: Sequence[Any]) -> Iterator[RolloutPool]:
     cls = ray.remote(max_restarts=-1, max_task_retries=0)(RolloutWorker)
     paths = import_paths()
     count = config.rollout.workers
@@ -361,20 +377,12 @@ def rollout_pool(config: Config, placement: Placement) -> Iterator[RolloutPool]:
         options = placement.worker(index)
         # An async actor runs as many calls at once as it has pings and plays outstanding.
         calls = _CALLS + config.rollout.concurrency
-        return cls.options(**options, max_concurrency=calls).remote(config, index, count, paths)
+        return cls.options(**options, max_concurrency=calls).remote(config, index, count, paths, engines)
 
     workers = [_Worker(i, make(i)) for i in range(count)]
     try:
-        refs = [w.actor.ready.remote() for w in workers]
-        ready, waiting = ray.wait(refs, num_returns=count, timeout=config.cluster.wait_seconds)
-        get(ready, timeout=1, waiting_for="workers that said they are ready")
-        if waiting:
-            raise WaitTimeout(
-                f"{len(waiting)} of {count} rollout workers were not ready after "
-                f"{config.cluster.wait_seconds:.0f} s",
-                mend="raise cluster.wait_seconds if the model is large; else look at the workers' logs",
-            )
-        yield RolloutPool(config, workers, make)
+        await_ready([w.actor for w in workers], "rollout workers", config.cluster.wait_seconds)
+        yield RolloutPool(config, workers, make, engines)
     finally:
         for worker in workers:
             ray.kill(worker.actor)

@@ -1,4 +1,6 @@
-"""One rollout worker: a Ray actor that holds an engine and plays many conversations at once.
+"""One rollout worker: a Ray actor that plays many conversations at once.
+
+An engine of its own answers them, or engines elsewhere do, which it reaches through a router.
 
 It never speaks of weights it does not have: every `play` names the version it wants and carries a
 reference to it, so that a restarted worker heals itself before it answers anything.
@@ -13,24 +15,18 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import ray
-
+from stateset_ray.actors.held_engine import HeldEngine, Inference, renderer_of
 from stateset_ray.actors.jobs import GroupJob, GroupPayload, GroupReport, report_on
+from stateset_ray.actors.router import Router
 from stateset_ray.config import Config
 from stateset_ray.environments.base import build_environment
 from stateset_ray.errors import InfrastructureFault
-from stateset_ray.models import choose_hardware, generation_stop_ids, load_model, load_tokenizer
 from stateset_ray.policies.base import Policy
-from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.scripted import ScriptedPolicy
-from stateset_ray.policies.transformers_engine import TransformersEngine
-from stateset_ray.policies.weights import decode
 from stateset_ray.rollout import rollout
 from stateset_ray.types import Trajectory, TrajectoryGroup
 
 __all__ = ["RolloutWorker"]
-
-_NO_WEIGHTS = -1
 
 
 class RolloutWorker:
@@ -41,17 +37,20 @@ class RolloutWorker:
         index: of this worker in the pool.
         peers: workers that share this machine's cores.
         import_paths: where the environment's module is found, besides the installed packages.
+        engines: actors that answer; without any, an engine of this worker's own.
     """
 
-    def __init__(self, config: Config, index: int, peers: int, import_paths: Sequence[str]) -> None:
+    def __init__(
+        self, config: Config, index: int, peers: int, import_paths: Sequence[str],
+        engines: Sequence[Any] = (),
+    ) -> None:  # fmt: skip
         self._config = config
         self._index = index
         self._peers = peers
         self._import_paths = import_paths
-        self._engine: TransformersEngine | None = None
+        self._engines = engines
+        self._inference: Inference | None = None
         self._setting_up = asyncio.Lock()
-        self._loading = asyncio.Lock()
-        self._lineage = 0
         self._places = asyncio.Semaphore(config.rollout.concurrency)
 
     def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
@@ -64,24 +63,21 @@ class RolloutWorker:
             StatesetError: the model, its template or the hardware is not as configured.
         """
         async with self._setting_up:
-            if self._engine is None:
+            if self._inference is None:
                 self._set_up()
         return {"pid": os.getpid(), "rewrites_history": self._renderer.rewrites_history}
 
     def _set_up(self) -> None:
         sys.path[:0] = [p for p in self._import_paths if p not in sys.path]
-        limits, model = self._config.rollout, self._config.model
+        limits = self._config.rollout
         # Blocking environments get a thread per conversation: a hung one must not starve the others.
         threads = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="environment")
         asyncio.get_running_loop().set_default_executor(threads)
-        hardware = choose_hardware(model, len(ray.get_gpu_ids()), self._peers)
-        hardware.apply()
-        self._renderer = Renderer(load_tokenizer(model.name), generation_stop_ids(model.name))
-        self._engine = TransformersEngine(
-            load_model(model.name, hardware), self._renderer.stop_ids,
-            slots=limits.concurrency, max_context=limits.max_context, hardware=hardware,
-        )  # fmt: skip
-        self._engine.version = _NO_WEIGHTS
+        self._renderer = renderer_of(self._config)
+        if self._engines:
+            self._inference = Router(self._engines)
+        else:
+            self._inference = HeldEngine(self._config, limits.concurrency, self._peers, self._renderer)
 
     async def play(
         self, version: int, weights: Mapping[str, Any], jobs: Sequence[GroupJob]
@@ -98,9 +94,9 @@ class RolloutWorker:
         Yields:
             For each group, in the order they finish: its payload, then its report.
         """
-        engine = self._loaded()
+        inference = self._loaded()
         if any(not job.expert for job in jobs):
-            await self._hold(engine, version, weights)
+            await inference.hold(version, weights)
         groups = [asyncio.create_task(self._group(job)) for job in jobs]
         try:
             for done in asyncio.as_completed(groups):
@@ -113,28 +109,13 @@ class RolloutWorker:
                 task.cancel()
 
     def stats(self) -> dict[str, float]:
-        """What the engine has done so far; see `EngineStats`."""
-        return dict(vars(self._loaded().stats))
+        """What the engine has done so far, or the router; see `EngineStats` and `Router.stats`."""
+        return self._loaded().stats()
 
-    def _loaded(self) -> TransformersEngine:
-        if self._engine is None:
+    def _loaded(self) -> Inference:
+        if self._inference is None:
             raise InfrastructureFault("this rollout worker was asked to play before it was ready")
-        return self._engine
-
-    async def _hold(self, engine: TransformersEngine, version: int, weights: Mapping[str, Any]) -> None:
-        async with self._loading:
-            if self._lineage == weights["lineage"] and engine.version >= version:
-                # What is played must not depend, to the last bit, on what was played before with the same
-                # weights: an evaluation, say, which a resumed run does not repeat.
-                engine.forget()
-                return
-            if not weights["refs"]:  # nothing was published: the weights it was built with
-                engine.version = version
-                return
-            parts = await asyncio.gather(*weights["refs"])
-            tensors = {name: decode(array) for part in parts for name, array in part.items()}
-            await engine.load_weights(version, tensors)
-            self._lineage = weights["lineage"]
+        return self._inference
 
     async def _group(self, job: GroupJob) -> tuple[GroupReport, GroupPayload]:
         played = await asyncio.gather(*[self._one(job, sample) for sample in range(job.size)])

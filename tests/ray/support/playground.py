@@ -122,6 +122,9 @@ class Playground(Echo):
                 await asyncio.Event().wait()
             case "garbage":
                 return "not a Step"
+            case "knock":  # at the first reply, and then go on
+                if self._first():
+                    Path(self._data["fifo"]).write_text(str(os.getpid()))
             case "slow":  # the latency of a tool, say
                 await asyncio.sleep(self._data["seconds"])
             case "nan":

@@ -22,11 +22,8 @@ class ScriptedWorker(RolloutWorker):
     _renderer = SimpleNamespace(rewrites_history=False)
 
     def _set_up(self) -> None:
-        self._engine = SimpleNamespace(version=0)  # type: ignore[assignment]
+        self._inference = _NoWeights()  # type: ignore[assignment]
         self._failed: Counter[str] = Counter()
-
-    async def _hold(self, *_: Any) -> None:
-        pass
 
     async def _group(self, job: GroupJob) -> tuple[GroupReport, GroupPayload]:
         data = job.task.data
@@ -53,6 +50,13 @@ class ScriptedWorker(RolloutWorker):
             report.infos[0]["half"] = _Half(data["dies"], sent, "report")
             return report, _Half(data["dies"], sent, "payload")  # type: ignore[return-value]
         return report, payload
+
+
+class _NoWeights:
+    """Holds every version."""
+
+    async def hold(self, *_: Any) -> None:
+        pass
 
 
 class _Half:

@@ -1,0 +1,102 @@
+"""An engine and the version of the weights that it holds: what answers, wherever it sits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ray
+
+from stateset_ray.config import Config
+from stateset_ray.models import choose_hardware, generation_stop_ids, load_model, load_tokenizer
+from stateset_ray.policies.base import Policy, Reply, ReplyRequest
+from stateset_ray.policies.renderer import Renderer
+from stateset_ray.policies.transformers_engine import TransformersEngine
+from stateset_ray.policies.weights import decode
+
+__all__ = ["HeldEngine", "Inference", "renderer_of"]
+
+_NO_WEIGHTS = -1
+
+
+class Inference(Policy, Protocol):
+    """A policy that can be told which weights must answer."""
+
+    async def hold(self, version: int, weights: Mapping[str, Any]) -> None:
+        """Answer with this version, or a newer one, from the next turn on.
+
+        Args:
+            version: of the policy.
+            weights: {"refs": references to the encoded weights, "lineage": see `PublishedWeights`}; nested,
+                so that they are fetched only by who does not hold them yet.
+        """
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """What was done so far."""
+        ...
+
+
+def renderer_of(config: Config) -> Renderer:
+    """The renderer of the configured model."""
+    name = config.model.name
+    return Renderer(load_tokenizer(name), generation_stop_ids(name))
+
+
+class HeldEngine:
+    """A transformers engine in this process; implements `Inference`.
+
+    Args:
+        config: of the run.
+        slots: conversations whose cache is kept at once.
+        peers: engines that share this machine's cores.
+
+    Raises:
+        StatesetError: the model or the hardware is not as configured.
+    """
+
+    def __init__(self, config: Config, slots: int, peers: int, renderer: Renderer) -> None:
+        hardware = choose_hardware(config.model, len(ray.get_gpu_ids()), peers)
+        hardware.apply()
+        self._engine = TransformersEngine(
+            load_model(config.model.name, hardware), renderer.stop_ids,
+            slots=slots, max_context=config.rollout.max_context, hardware=hardware,
+        )  # fmt: skip
+        self._engine.version = _NO_WEIGHTS
+        self._lineage = 0
+        self._loading = asyncio.Lock()
+
+    async def hold(self, version: int, weights: Mapping[str, Any], *, forget: bool = True) -> None:
+        """See `Inference.hold`.
+
+        Args:
+            forget: drop what is cached where the version is held already.
+        """
+        engine = self._engine
+        async with self._loading:
+            if self._lineage == weights["lineage"] and engine.version >= version:
+                # What is played must not depend, to the last bit, on what was played before with the same
+                # weights: an evaluation, say, which a resumed run does not repeat.
+                if forget:
+                    engine.forget()
+                return
+            if not weights["refs"]:  # nothing was published: the weights it was built with
+                engine.version = version
+                return
+            parts = await asyncio.gather(*weights["refs"])
+            tensors = {name: decode(array) for part in parts for name, array in part.items()}
+            await engine.load_weights(version, tensors)
+            self._lineage = weights["lineage"]
+
+    async def reply(self, request: ReplyRequest) -> Reply:
+        """See `Policy.reply`."""
+        return await self._engine.reply(request)
+
+    def release(self, conversation: str) -> None:
+        """See `Policy.release`."""
+        self._engine.release(conversation)
+
+    def stats(self) -> dict[str, float]:
+        """`EngineStats`."""
+        return dict(vars(self._engine.stats))

@@ -1,0 +1,74 @@
+"""One inference engine: a Ray actor that answers the conversations of many rollout workers.
+
+It never speaks with weights that it does not have: every request names the version that must answer and
+carries a reference to it, so that a restarted engine heals itself before it answers anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from stateset_ray.actors.held_engine import HeldEngine, renderer_of
+from stateset_ray.config import Config
+from stateset_ray.policies.base import Reply, ReplyRequest
+
+__all__ = ["InferenceEngine", "slots_of"]
+
+
+def slots_of(config: Config) -> int:
+    """Conversations whose cache one engine keeps: its share of all that may be open."""
+    return -(-config.rollout.workers * config.rollout.concurrency // config.rollout.engines)
+
+
+class InferenceEngine:
+    """Answers requests of any conversation; wrapped as a Ray actor by `inference_engines`.
+
+    Args:
+        config: of the run.
+        index: of this engine.
+    """
+
+    def __init__(self, config: Config, index: int) -> None:
+        self._config = config
+        self._index = index
+        self._setting_up = asyncio.Lock()
+        self._held: HeldEngine | None = None
+
+    def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
+        return f"InferenceEngine-{self._index}"
+
+    async def ready(self) -> dict[str, Any]:
+        """Load everything on the first call (a constructor could not report its errors); facts about it.
+
+        Raises:
+            StatesetError: the model, its template or the hardware is not as configured.
+        """
+        await self._engine()
+        return {"pid": os.getpid()}
+
+    async def reply(self, version: int, weights: Mapping[str, Any], request: ReplyRequest) -> Reply:
+        """Sample one reply with this version of the weights, or a newer one; see `Policy.reply`."""
+        engine = await self._engine()
+        # Other conversations may be between two turns: what they have cached stays.
+        await engine.hold(version, weights, forget=False)
+        return await engine.reply(request)
+
+    async def release(self, conversation: str) -> None:
+        """See `Policy.release`."""
+        (await self._engine()).release(conversation)
+
+    async def stats(self) -> dict[str, float]:
+        """`EngineStats`."""
+        return (await self._engine()).stats()
+
+    async def _engine(self) -> HeldEngine:
+        async with self._setting_up:
+            if self._held is None:
+                config = self._config
+                self._held = HeldEngine(
+                    config, slots_of(config), config.rollout.engines, renderer_of(config)
+                )  # fmt: skip
+        return self._held
