@@ -61,7 +61,9 @@ def train(
 ) -> None:
     """Train a policy; try examples/quickstart.toml first."""
     with _errors():
-        settings = _training_config(config, set_ or [], resume)
+        from stateset_ray.config import corrected
+
+        settings = corrected(_training_config(config, set_ or [], resume))
         _find_modules_beside(config)
         _quiet(settings)
         if dry_run:
@@ -306,7 +308,7 @@ def _dry_run(config: Config) -> None:
     _comment(f"objective  {config.grpo.summary()}")
     room = describe(config)
     _comment("what Ray would be asked for")
-    for key in ("address", "strategy", "rollout_workers", "learner_ranks", "total"):
+    for key in ("address", "strategy", "rollout_workers", "inference_engines", "learner_ranks", "total"):
         _comment(f"  {key:<16} {room[key]}")
     for role, bundle in (("a rollout worker", room["bundles"][0]), ("a learner rank", room["bundles"][-1])):
         _comment(f"  {role:<16} {bundle}")

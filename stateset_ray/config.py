@@ -30,6 +30,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "WarmStartConfig",
+    "corrected",
     "load_config",
 ]
 
@@ -234,6 +235,16 @@ class Config(_Section):
                 "grpo.reference_every cannot move the reference under learner.lora, where it is the model "
                 "below the adapters: set one of them to 0"
             )
+        if rollout.engines and self.cluster.worker_gpus:
+            raise ValueError(
+                f"cluster.worker_gpus = {self.cluster.worker_gpus} would lie idle: with rollout.engines = "
+                f"{rollout.engines} the workers have no model; set cluster.engine_gpus instead"
+            )
+        if self.cluster.engine_gpus and not rollout.engines:
+            raise ValueError(
+                f"cluster.engine_gpus = {self.cluster.engine_gpus} is for no one: set rollout.engines, or "
+                "cluster.worker_gpus for the engines inside the workers"
+            )
         if self.train.updates_per_step > self.train.tasks_per_step:
             raise ValueError(
                 f"train.updates_per_step = {self.train.updates_per_step} needs at least as many groups: "
@@ -287,6 +298,28 @@ def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any
     for setting in settings:
         apply_override(tree, setting)
     return tree
+
+
+def corrected(config: Config) -> Config:
+    """The configuration, with stale samples corrected for unless it says how.
+
+    The trust region is then around the policy as the step begins, and each token is weighted by how much
+    likelier that policy makes it than the one that sampled it, cut at `grpo.correction_high` (decoupled
+    PPO, https://arxiv.org/abs/2110.00641, with truncated importance sampling). Clipping around a stale
+    sampler would instead forbid what newer weights have already learned. An objective whose ratio is to the
+    sampler because it says so, or because it must be (DPPO), is corrected by that ratio and stays.
+
+    Example:
+        >>> corrected(load_config(None, ["train.max_staleness=1"])).grpo.correction
+        'tis'
+    """
+    objective = config.grpo
+    said = objective.model_fields_set
+    by_ratio = objective.loss == "dppo" or ("trust" in said and objective.trust == "sampler")
+    if not config.train.max_staleness or "correction" in said or by_ratio:
+        return config
+    values = objective.model_dump() | {"trust": "proximal", "correction": "tis"}
+    return config.model_copy(update={"grpo": type(objective)(**values)})
 
 
 def _check_learner(learner: LearnerConfig, model: ModelConfig) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 from stateset_ray.actors.credit import policy_batch
 from stateset_ray.actors.run import OnEvent, Run
-from stateset_ray.config import Config
+from stateset_ray.config import Config, corrected
 from stateset_ray.train import Clock, train
 
-__all__ = ["corrected", "train_async", "train_async_step"]
+__all__ = ["train_async", "train_async_step"]
 
 
 def train_async(
@@ -30,28 +30,6 @@ def train_async(
         StatesetError, KeyboardInterrupt: see `train.train`.
     """
     return train(corrected(config), resume=resume, on_event=on_event, take_step=train_async_step)
-
-
-def corrected(config: Config) -> Config:
-    """The configuration, with stale samples corrected for unless it says how.
-
-    The trust region is then around the policy as the step begins, and each token is weighted by how much
-    likelier that policy makes it than the one that sampled it, cut at `grpo.correction_high` (decoupled
-    PPO, https://arxiv.org/abs/2110.00641, with truncated importance sampling). Clipping around a stale
-    sampler would instead forbid what newer weights have already learned. An objective whose ratio is to the
-    sampler because it says so, or because it must be (DPPO), is corrected by that ratio and stays.
-
-    Example:
-        >>> corrected(load_config(None, ["train.max_staleness=1"])).grpo.correction
-        'tis'
-    """
-    objective = config.grpo
-    said = objective.model_fields_set
-    by_ratio = objective.loss == "dppo" or ("trust" in said and objective.trust == "sampler")
-    if not config.train.max_staleness or "correction" in said or by_ratio:
-        return config
-    values = objective.model_dump() | {"trust": "proximal", "correction": "tis"}
-    return config.model_copy(update={"grpo": type(objective)(**values)})
 
 
 def train_async_step(run: Run, step: int) -> Mapping[str, float]:

@@ -67,10 +67,12 @@ class Memory:
     Attributes:
         learner: one learner rank at its peak.
         weights: of the model.
-        kv_cache: of one rollout worker, if every slot is filled.
-        published: one version of the weights in the object store; two while they change.
+        kv_cache: of one engine, if every slot is filled.
+        published: one version of the weights in the object store.
         checkpoint: one checkpoint on disk.
         total: everything, on all machines together.
+        engine: where the engines are: in rollout workers, or apart from them.
+        versions: of the weights that lie in the object store at most.
     """
 
     learner: RankMemory
@@ -79,14 +81,16 @@ class Memory:
     published: int
     checkpoint: int
     total: int
+    engine: str = "rollout worker"
+    versions: int = _VERSIONS
 
     def rows(self) -> list[str]:
         """A line for each part."""
         return [
             f"{'learner rank':<16} {size(self.learner.total)} at its peak:",
             *(f"  {part:<14} {size(count)}" for part, count in self.learner.parts.items() if count),
-            f"{'rollout worker':<16} {size(self.weights)} weights + {size(self.kv_cache)} KV cache at most",
-            f"{'object store':<16} {size(self.published)} a version; two while weights change",
+            f"{self.engine:<16} {size(self.weights)} weights + {size(self.kv_cache)} KV cache at most",
+            f"{'object store':<16} {size(self.published)} a version; {self.versions} at most",
             f"{'checkpoint':<16} {size(self.checkpoint)} on disk",
             f"{'in all':<16} {size(self.total)}, with {size(_RAY)} for Ray and "
             f"{size(_PROCESS + _RAY_INSIDE)} for each process itself",
@@ -115,6 +119,8 @@ def expected_memory(config: Config) -> Memory:
     return Memory(
         learner, weights, cache, weights,
         checkpoint=weights + model.trained * (3 * 4), total=total + versions * weights,
+        engine="inference engine" if limits.engines else "rollout worker",
+        versions=versions,
     )  # fmt: skip
 
 

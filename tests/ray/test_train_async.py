@@ -10,11 +10,11 @@ from playground import Playground, small
 
 from stateset_ray import checkpoint
 from stateset_ray.actors.run import open_run
-from stateset_ray.config import Config
+from stateset_ray.config import Config, corrected
 from stateset_ray.errors import LearnerLost
 from stateset_ray.metrics import JsonLines
 from stateset_ray.train import train
-from stateset_ray.train_async import corrected, train_async, train_async_step
+from stateset_ray.train_async import train_async, train_async_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

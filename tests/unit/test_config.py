@@ -38,6 +38,8 @@ def test_a_config_survives_its_own_toml(tmp_path):
         ("steps=3", "section.key=value"),
         ("train.steps", "section.key=value"),
         ("train.steps.more=3", "train.steps"),
+        ("cluster.engine_gpus=1", "is for no one"),
+        ("train.max_staleness=-1", "train.max_staleness"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(override, says):

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from stateset_ray.actors.lookahead import may_start
 from stateset_ray.actors.task_stream import TaskStream
-from stateset_ray.config import Config, load_config
+from stateset_ray.config import Config, corrected, load_config
 from stateset_ray.environments.echo import Echo
 from stateset_ray.errors import ConfigError
 from stateset_ray.train import train
-from stateset_ray.train_async import corrected
 
 
 @given(
