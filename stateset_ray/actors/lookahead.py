@@ -66,6 +66,7 @@ class Lookahead:
         self._tasks = tasks
         self._flights: dict[int, Flight] = {}
         self._admitted: dict[int, int] = {}
+        self._open: Flight | None = None  # of the step that was taken and is not finished
         self._taken = 0  # the first step that was not taken yet
         self._in_vain = Counts()
 
@@ -120,12 +121,18 @@ class Lookahead:
             self._pool.dispatch(flight, self._tasks.draw(step, missing))
             self._pool.wait(flight, should_stop, admit)
         del self._flights[step], self._admitted[step]
+        self._open = flight
         self._taken = step + 1
         collected = flight.collected()
         collected.counts.dispatched += self._in_vain.dispatched
         collected.counts.aborted += self._in_vain.aborted
         self._in_vain = Counts()
         return collected
+
+    def finish(self, step: int) -> None:
+        """End a step: it was learned from, and its books are closed."""
+        self._open = None
+        self._tasks.finish(step)
 
     def meanwhile(self, step: int, staleness: int, work: Callable[[], _T]) -> _T:
         """Do something else that blocks, and keep the workers supplied until it is done.
@@ -144,11 +151,10 @@ class Lookahead:
 
     def clear(self) -> None:
         """Give up every flight: the run goes back to a checkpoint. Their books go to the next step's."""
-        if not self._flights:
-            return
-        self._pool.abandon()
-        for flight in self._flights.values():
+        if self._flights:
+            self._pool.abandon()
+        for flight in [*([self._open] if self._open else []), *self._flights.values()]:
             lost = flight.abandoned("rewound")
             self._in_vain.dispatched += lost.dispatched
             self._in_vain.aborted += lost.aborted
-        self._flights, self._admitted = {}, {}
+        self._flights, self._admitted, self._open = {}, {}, None

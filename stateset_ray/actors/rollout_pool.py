@@ -93,6 +93,7 @@ class _Stream:
 
     flight: Flight
     jobs: dict[str, GroupJob]
+    suspect: bool = False
 
 
 @dataclass(eq=False)
@@ -253,12 +254,12 @@ class RolloutPool:
         """Give suspects workers of their own, and all other groups the least loaded of the rest."""
         live = self._live()
         for worker in live:
-            if worker.streams:
-                continue
-            worker.alone = bool(self._suspects)
-            if self._suspects:
+            if not worker.streams and self._suspects:
                 job, flight = self._suspects.popleft()
-                self._play(worker, [job], flight)
+                self._play(worker, [job], flight, suspect=True)
+            # What is left of others' work on a worker that a suspect waited for is no reason any more.
+            waits = worker.alone and bool(self._suspects)
+            worker.alone = waits or any(stream.suspect for stream in worker.streams.values())
         if self._suspects and live and not any(w.alone for w in live):
             # Nobody is idle: one is left to finish what it has, so that a suspect's turn will come.
             min(live, key=lambda w: (w.load, w.index)).alone = True
@@ -275,13 +276,15 @@ class RolloutPool:
         for worker, flight, jobs in hands.values():
             self._play(worker, jobs, flight)
 
-    def _play(self, worker: _Worker, jobs: Sequence[GroupJob], flight: Flight) -> None:
+    def _play(
+        self, worker: _Worker, jobs: Sequence[GroupJob], flight: Flight, *, suspect: bool = False
+    ) -> None:
         weights = self.weights or PublishedWeights(0)
         flight.counts.dispatched += sum(job.size for job in jobs)
         stream = worker.actor.play.options(num_returns="streaming").remote(
             weights.version, {"refs": weights.refs, "lineage": weights.lineage}, list(jobs)
         )
-        worker.streams[stream] = _Stream(flight, {job.id: job for job in jobs})
+        worker.streams[stream] = _Stream(flight, {job.id: job for job in jobs}, suspect)
 
     def _report(self, worker: _Worker, item: Any) -> None:
         """Take the next report of a worker's stream, or notice its end or its death."""

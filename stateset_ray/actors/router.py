@@ -8,16 +8,20 @@ so that another engine takes over where one has died, without a finished turn be
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from stateset_ray.actors.remote import cause_of
 from stateset_ray.policies.base import Reply, ReplyRequest
 
 __all__ = ["Router"]
+
+_log = logging.getLogger(__name__)
+_RETRY = 0.5  # seconds between looks at an engine that does not come back
 
 
 class Router:
@@ -105,8 +109,9 @@ class Router:
         while True:
             try:
                 await self._engines[index].ready.remote()
-            except RayActorError:
-                await asyncio.sleep(0.5)  # it died again, or is not there yet
+            except RayError as error:  # it died again, or could not be built: its memory may not be free yet
+                _log.warning("inference engine %d is not back yet: %s", index, error)
+                await asyncio.sleep(_RETRY)
                 continue
             async with self._back:
                 self._alive[index] = True

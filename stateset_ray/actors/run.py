@@ -71,6 +71,7 @@ class Run:
         self._started = time.monotonic()
         self._seconds_before = 0.0
         self._saved: int | None = None
+        self._between = True  # False while the weights may be those of a step that is not counted yet
         self._empty = 0
         self._tasks = TaskStream(config, environment)
         self._ahead = Lookahead(config, pool, self._tasks)
@@ -115,6 +116,7 @@ class Run:
         """Learn from a batch; {} where nothing in it has a gradient. Rollouts of later steps go on."""
         if not batch.updates:
             return {}
+        self._between = loss != "policy"
         return self._ahead.meanwhile(
             step, staleness, lambda: self.learners.update(batch.updates, step, loss, self.kl_coef)
         )
@@ -156,8 +158,9 @@ class Run:
         self._log_trajectories(collected)
         for problem in problems:
             self.emit("warning", step=self.step, **problem.as_dict())
-        self._tasks.finish(self.step)
+        self._ahead.finish(self.step)
         self.step += 1
+        self._between = True
         if self.config.grpo.kl_target and "kl_reference" in update:
             self.kl_coef = next_kl_coef(self.kl_coef, update["kl_reference"], self.config.grpo.kl_target)
         self._stop_if_hopeless(batch, problems)
@@ -203,8 +206,8 @@ class Run:
         return path
 
     def save_if_new(self) -> Path | None:
-        """Save unless nothing changed since the last save; the newest checkpoint's folder, if any."""
-        if self._saved != self.step and (self.step or self.results.get("warm_started")):
+        """Save unless nothing changed since the last save, or a step was cut short; the newest checkpoint."""
+        if self._between and self._saved != self.step and (self.step or self.results.get("warm_started")):
             return self.save()
         found = checkpoint.latest(self.folder / "checkpoints")
         return found.path if found else None
@@ -240,7 +243,7 @@ class Run:
                 self._seconds_before = float(found.meta["seconds"])
         self.step, self.version, self.results = step, version, results
         self._saved = step if found is not None else None
-        self._empty = 0
+        self._empty, self._between = 0, True
         self._metrics.rewind(step)
         self._trajectories.rewind(step)
         where = str(found.path) if found else None

@@ -28,6 +28,7 @@ class TaskStream:
         self._next = self._first
         self._drawn: dict[int, list[int]] = {}
         self._again: dict[int, list[int]] = {}
+        self._spare: list[int] = []  # drawn once, and not needed when their step was played again
 
     def expert(self, step: int) -> list[GroupJob]:
         """The dialogues of one warm-start step, each once, for the environment's expert."""
@@ -42,6 +43,8 @@ class TaskStream:
         """The next groups of a step."""
         again = self._again.get(step, [])
         indices, self._again[step] = again[:count], again[count:]
+        spare = count - len(indices)
+        indices, self._spare = indices + self._spare[:spare], self._spare[spare:]
         fresh = count - len(indices)
         indices += range(self._next, self._next + fresh)
         self._next += fresh
@@ -51,20 +54,22 @@ class TaskStream:
     def finish(self, step: int) -> None:
         """End a step: what it has drawn is played."""
         self._drawn.pop(step, None)
-        self._again.pop(step, None)
+        self._spare += self._again.pop(step, [])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to know: the next task, and what unfinished steps have drawn."""
+        """What a checkpoint has to know: the next task, and what was drawn and not played."""
         steps = self._drawn.keys() | self._again.keys()
         drawn = {str(s): self._drawn.get(s, []) + self._again.get(s, []) for s in sorted(steps)}
         return {
             "next_task": self._next,
+            "spare": list(self._spare),
             "drawn": {step: indices for step, indices in drawn.items() if indices},
         }
 
     def rewind(self, state: Mapping[str, Any] | None) -> None:
         """Go back to where a checkpoint was; None: to the first step."""
         self._next = self._first if state is None else int(state["next_task"])
+        self._spare = [] if state is None else [int(i) for i in state.get("spare", [])]
         self._drawn = {}
         drawn = {} if state is None else state.get("drawn", {})
         self._again = {int(step): [int(i) for i in indices] for step, indices in drawn.items()}

@@ -98,11 +98,13 @@ class KVCache:
         return best, length
 
     def acquire(self, conversation: str, prompt: Ids) -> Slot | None:
-        """A slot for a turn, holding as much of the prompt as any slot knows; None if all are busy.
+        """A slot for a turn, holding as much of the prompt as any slot knows; None if it has to wait.
 
         At least the last token of the prompt is left to compute, since its logits are needed.
         """
         slot = self.owned(conversation)
+        if slot is not None and slot.busy:
+            return None  # an earlier turn that nobody waits for any more still writes there
         source, shared = (slot, slot.length) if slot else self.best_prefix(prompt[:-1])
         if slot is None:
             free = [s for s in self.slots if not s.busy and s.owner is None and s is not source]
@@ -132,7 +134,7 @@ class KVCache:
         """Free a conversation's slot; its entries stay usable as a prefix until it is taken."""
         slot = self.owned(conversation)
         if slot is not None:
-            slot.owner, slot.busy = None, False
+            slot.owner = None  # a turn that is still being generated keeps it busy
 
 
 @dataclass

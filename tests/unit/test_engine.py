@@ -225,3 +225,37 @@ def test_a_prompt_beyond_the_context_is_refused(tiny, hardware):
 
     with pytest.raises(InfrastructureFault, match="exceed the engine's context"):
         asyncio.run(main())
+
+
+def test_two_turns_of_one_conversation_do_not_write_into_one_slot(tiny, hardware):
+    """A caller that died, and its retry elsewhere, ask for the same conversation at the same time."""
+
+    async def main():
+        engine = make(tiny, hardware)
+        prompt = list(range(5, 25))
+        orphan = asyncio.create_task(engine.reply(request(prompt, tokens=20)))
+        await asyncio.sleep(0.01)
+        again = await engine.reply(request(prompt, tokens=20))
+        return prompt, again, await orphan
+
+    prompt, again, orphan = asyncio.run(main())
+    assert again.token_ids == orphan.token_ids
+    for reply in (again, orphan):
+        found = scored(tiny, prompt, list(reply.token_ids), 1.0)
+        assert np.abs(found - np.array(reply.logprobs)).max() < 1e-4
+
+
+def test_a_slot_that_is_released_under_a_running_turn_is_not_given_away(tiny, hardware):
+    async def main():
+        engine = make(tiny, hardware, slots=1)
+        prompt = list(range(5, 25))
+        running = asyncio.create_task(engine.reply(request(prompt, name="a", tokens=20)))
+        await asyncio.sleep(0.01)
+        engine.release("a")
+        other = await engine.reply(request(range(40, 60), name="b", tokens=8))
+        return prompt, await running, other
+
+    prompt, running, other = asyncio.run(main())
+    for asked, reply in ((prompt, running), (list(range(40, 60)), other)):
+        found = scored(tiny, asked, list(reply.token_ids), 1.0)
+        assert np.abs(found - np.array(reply.logprobs)).max() < 1e-4

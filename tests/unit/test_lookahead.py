@@ -92,7 +92,19 @@ def test_a_checkpoint_of_a_run_in_turn_knows_only_the_next_task(tasks: TaskStrea
     tasks.begin(0)
     tasks.draw(0, 4)
     tasks.finish(0)
-    assert tasks.state() == {"next_task": 4, "drawn": {}}
+    assert tasks.state() == {"next_task": 4, "spare": [], "drawn": {}}
+
+
+def test_what_a_step_needs_no_more_is_played_in_a_later_one(tasks: TaskStream) -> None:
+    tasks.begin(0)
+    first = _ids(tasks.draw(0, 4))
+    tasks.begin(0)
+    assert _ids(tasks.draw(0, 3)) == first[:3]
+    tasks.finish(0)
+    state = tasks.state()
+    assert _ids(tasks.draw(1, 2))[0] == first[3]
+    tasks.rewind(state)
+    assert _ids(tasks.draw(1, 2))[0] == first[3]
 
 
 @pytest.mark.parametrize(

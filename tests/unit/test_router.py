@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from stateset_ray.actors.router import Router
 from stateset_ray.policies.base import Reply, ReplyRequest
@@ -135,3 +135,24 @@ def test_a_turn_that_nobody_waits_for_is_cancelled_at_its_engine(monkeypatch):
 
     assert asyncio.run(main()) == [0]
     assert len(cancelled) == 1
+
+
+def test_an_engine_whose_return_fails_once_is_asked_again(monkeypatch):
+    monkeypatch.setattr("stateset_ray.actors.router._RETRY", 0.0)
+
+    class Slow(Engine):
+        failures = 1
+
+        async def _ready(self) -> dict[str, int]:
+            if self.failures:
+                self.failures -= 1
+                raise RayTaskError("ready", "no memory yet", MemoryError("no memory yet"))
+            self.dead = False
+            return {}
+
+    async def main():
+        engine = Slow()
+        engine.dead = True
+        return await asyncio.wait_for(Router([engine]).reply(request("a")), 5)
+
+    assert asyncio.run(main()).token_ids == (1,)
