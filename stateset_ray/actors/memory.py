@@ -213,7 +213,8 @@ def _state(config: Config, model: _Shape) -> tuple[dict[str, int], int]:
                and that copy.
     stage 2    ranks divide the gradients, too.
     stage 3    ranks divide the weights, too, and gather those that are in use; gradients lie in a flat
-               tensor from the start; two reduce buckets, and one more for a tensor that is larger.
+               tensor from the start; two reduce buckets, and one more for a tensor that is larger. With
+               tied embeddings a bucket holds all that is trained (`learner.deepspeed_engine`), three times.
     """
     learner, trained = config.learner, model.trained
     deepspeed, ranks = learner.engine == "deepspeed", learner.ranks
@@ -229,6 +230,8 @@ def _state(config: Config, model: _Shape) -> tuple[dict[str, int], int]:
     master = trained * 4 // share(1) if stage or model.item < 4 else 0
     moments = trained * 8 // share(1)
     buckets = {1: bucket, 2: bucket, 3: 2 * min(trained, _BUCKET) * 4 + (bucket > _BUCKET * 4) * bucket}
+    if stage == 3 and model.tied and not model.rank:
+        buckets[3] = 3 * trained * 4
     copied = {0: min(trained, _ALL_REDUCE) * 4, 1: trained * 4 // ranks, 2: trained * 4 // ranks, 3: 0}[stage]
     if not deepspeed:
         copied = bucket if ranks > 1 else 0
