@@ -25,9 +25,10 @@ import ray
 
 from benchmarks import machine
 from stateset_ray.actors.credit import Batch
+from stateset_ray.actors.flight import Collected
 from stateset_ray.actors.learner_group import LearnerGroup, LearnerRank
 from stateset_ray.actors.placement import Placement, cluster, place
-from stateset_ray.actors.rollout_pool import Collected, RolloutPool, rollout_pool
+from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
 from stateset_ray.actors.run import Run
 from stateset_ray.actors.run_folder import open_folder
 from stateset_ray.config import Config, load_config

@@ -98,6 +98,11 @@ class RolloutConfig(_Section):
 
     _sampling = model_validator(mode="before")(check_sampling)
 
+    @property
+    def slots(self) -> int:
+        """Conversations whose cache one engine keeps: its share of all that may be open."""
+        return -(-self.workers * self.concurrency // (self.engines or self.workers))
+
 
 class LoraConfig(_Section):
     """Low-rank adapters (PEFT, extra `lora`): only they are trained; what is published is merged."""

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from stateset_ray.actors.flight import Collected, GroupHandle
 from stateset_ray.actors.jobs import Counts, GroupReport
 from stateset_ray.actors.learner_group import SampleRef, UpdateBatch
-from stateset_ray.actors.rollout_pool import Collected, GroupHandle
 from stateset_ray.config import Config
 from stateset_ray.errors import RunError
 from stateset_ray.grpo.advantages import Rewards, shuffled, step_advantages

@@ -49,19 +49,19 @@ class HeldEngine:
 
     Args:
         config: of the run.
-        slots: conversations whose cache is kept at once.
         peers: engines that share this machine's cores.
+        renderer: whose stop tokens end a reply.
 
     Raises:
         StatesetError: the model or the hardware is not as configured.
     """
 
-    def __init__(self, config: Config, slots: int, peers: int, renderer: Renderer) -> None:
+    def __init__(self, config: Config, peers: int, renderer: Renderer) -> None:
         hardware = choose_hardware(config.model, len(ray.get_gpu_ids()), peers)
         hardware.apply()
         self._engine = TransformersEngine(
             load_model(config.model.name, hardware), renderer.stop_ids,
-            slots=slots, max_context=config.rollout.max_context, hardware=hardware,
+            slots=config.rollout.slots, max_context=config.rollout.max_context, hardware=hardware,
         )  # fmt: skip
         self._engine.version = _NO_WEIGHTS
         self._lineage = 0

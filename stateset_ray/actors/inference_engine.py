@@ -15,12 +15,7 @@ from stateset_ray.actors.held_engine import HeldEngine, renderer_of
 from stateset_ray.config import Config
 from stateset_ray.policies.base import Reply, ReplyRequest
 
-__all__ = ["InferenceEngine", "slots_of"]
-
-
-def slots_of(config: Config) -> int:
-    """Conversations whose cache one engine keeps: its share of all that may be open."""
-    return -(-config.rollout.workers * config.rollout.concurrency // config.rollout.engines)
+__all__ = ["InferenceEngine"]
 
 
 class InferenceEngine:
@@ -60,15 +55,9 @@ class InferenceEngine:
         """See `Policy.release`."""
         (await self._engine()).release(conversation)
 
-    async def stats(self) -> dict[str, float]:
-        """`EngineStats`."""
-        return (await self._engine()).stats()
-
     async def _engine(self) -> HeldEngine:
         async with self._setting_up:
             if self._held is None:
-                config = self._config
-                self._held = HeldEngine(
-                    config, slots_of(config), config.rollout.engines, renderer_of(config)
-                )  # fmt: skip
+                peers = self._config.rollout.engines
+                self._held = HeldEngine(self._config, peers, renderer_of(self._config))
         return self._held

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from stateset_ray.actors.credit import informative
+from stateset_ray.actors.flight import Collected, Flight
 from stateset_ray.actors.jobs import Counts
-from stateset_ray.actors.rollout_pool import Collected, Flight, RolloutPool
+from stateset_ray.actors.rollout_pool import RolloutPool
 from stateset_ray.actors.task_stream import TaskStream
 from stateset_ray.config import Config
 

@@ -108,8 +108,7 @@ def expected_memory(config: Config) -> Memory:
     learner = learner_memory(config)
     # Conversations lie where they are answered: in the workers, or in engines apart from them.
     holders = limits.engines or limits.workers
-    slots = -(-limits.workers * limits.concurrency // holders)
-    cache = model.layers * 2 * slots * limits.max_context * model.keys * model.item
+    cache = model.layers * 2 * limits.slots * limits.max_context * model.keys * model.item
     weights, process = model.parameters * model.item, _PROCESS + _RAY_INSIDE
     versions = _VERSIONS + config.train.max_staleness  # conversations in flight hold those they began with
     rank = learner.total - learner.parts.get("published", 0)  # that is in the object store, and once

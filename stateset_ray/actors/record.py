@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stateset_ray.actors.credit import Batch
-from stateset_ray.actors.rollout_pool import Collected
+from stateset_ray.actors.flight import Collected
 from stateset_ray.metrics import spread
 
 __all__ = ["step_record"]

@@ -19,8 +19,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from stateset_ray.actors.flight import Collected, Flight, GroupHandle
 from stateset_ray.actors.inference_pool import inference_engines
-from stateset_ray.actors.jobs import Counts, GroupJob, GroupReport
+from stateset_ray.actors.jobs import GroupJob, GroupReport
 from stateset_ray.actors.placement import Placement, import_paths
 from stateset_ray.actors.remote import await_ready, cause_of, get
 from stateset_ray.actors.rollout_worker import RolloutWorker
@@ -29,62 +30,10 @@ from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, WaitTimeout
 from stateset_ray.types import StopReason
 
-__all__ = ["Collected", "Flight", "GroupHandle", "RolloutPool", "rollout_pool"]
+__all__ = ["RolloutPool", "rollout_pool"]
 
 _POLL = 1.0  # seconds between looks at deadlines and at the caller's wish to stop
 _CALLS = 64  # of a worker at the same time, besides one for each conversation
-
-
-@dataclass(frozen=True)
-class GroupHandle:
-    """A finished group: its report here, its payload in the object store."""
-
-    report: GroupReport
-    payload: Any
-
-
-@dataclass
-class Collected:
-    """What one flight brought.
-
-    Attributes:
-        groups: in the order of the jobs; groups that were given up are missing.
-        counts: `dispatched` and `aborted` are final; the caller accounts for the groups.
-        restarts: workers that died meanwhile.
-    """
-
-    groups: list[GroupHandle]
-    counts: Counts
-    restarts: int
-
-
-class Flight:
-    """Groups that are collected together, and their books.
-
-    Attributes:
-        order: job id -> place, of everything that was dispatched.
-        unfinished: ids of jobs that have not ended yet.
-    """
-
-    def __init__(self) -> None:
-        self.order: dict[str, int] = {}
-        self.unfinished: set[str] = set()
-        self.groups: list[GroupHandle] = []
-        self.counts = Counts()
-        self.restarts = 0
-
-    def collected(self) -> Collected:
-        """What has come so far."""
-        groups = sorted(self.groups, key=lambda handle: self.order[handle.report.job.id])
-        return Collected(groups, self.counts, self.restarts)
-
-    def abandoned(self, reason: str) -> Counts:
-        """The books of a flight that nobody will collect: everything in it was played in vain."""
-        lost = self.counts.dispatched - self.counts.aborted.total()
-        aborted = self.counts.aborted.copy()
-        if lost:
-            aborted[reason] += lost
-        return Counts(dispatched=self.counts.dispatched, aborted=aborted)
 
 
 @dataclass(eq=False)
@@ -144,8 +93,10 @@ class RolloutPool:
 
     @property
     def engine_pids(self) -> list[int]:
-        """Process ids of the engines that sit apart from the workers."""
-        return [facts["pid"] for facts in self._ask([e.ready.remote() for e in self._engines])]
+        """Process ids of the engines that sit apart from the workers; waits for those that Ray restarts."""
+        # Asked again after a restart: a question has no effects.
+        asked = [engine.ready.options(max_task_retries=-1).remote() for engine in self._engines]
+        return [facts["pid"] for facts in self._ask(asked)]
 
     def stats(self) -> list[dict[str, float]]:
         """What every live worker's engine has done, or its router: `EngineStats`, `Router.stats`."""
@@ -210,7 +161,6 @@ class RolloutPool:
         Raises:
             StatesetError: see `collect`.
         """
-        self._tend()
         waits = {stream: w for w in self._workers for stream in w.streams}
         waits |= {w.ping: w for w in self._workers if w.ping is not None}
         if not waits:
@@ -315,7 +265,7 @@ class RolloutPool:
         """A worker died: its unfinished groups become suspects, or are given up."""
         # Only a group that was alone on the worker is known to have been there when it died.
         guilty = worker.load == 1
-        flights = {id(stream.flight): stream.flight for stream in worker.streams.values()}
+        next(iter(worker.streams.values())).flight.restarts += 1  # one death, booked once
         for stream in worker.streams.values():
             for job in stream.jobs.values():
                 stream.flight.counts.aborted["worker_died"] += job.size
@@ -324,8 +274,6 @@ class RolloutPool:
                     stream.flight.unfinished.discard(job.id)
                 else:
                     self._suspects.append((again if guilty else job, stream.flight))
-        for flight in list(flights.values())[:1]:  # one death, booked once
-            flight.restarts += 1
         worker.streams, worker.alone = {}, False
         if isinstance(death, ActorDiedError):
             worker.actor = self._make(worker.index)

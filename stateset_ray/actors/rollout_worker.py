@@ -77,7 +77,7 @@ class RolloutWorker:
         if self._engines:
             self._inference = Router(self._engines)
         else:
-            self._inference = HeldEngine(self._config, limits.concurrency, self._peers, self._renderer)
+            self._inference = HeldEngine(self._config, self._peers, self._renderer)
 
     async def play(
         self, version: int, weights: Mapping[str, Any], jobs: Sequence[GroupJob]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -56,6 +57,7 @@ class Router:
         """
         self._requests += 1
         cost = len(request.prompt_ids) + request.max_tokens
+        request = replace(request, messages=())  # engines look at ids only: words need not travel
         while True:
             index = await self._choose(request.conversation)
             self._load[index] += cost

@@ -14,13 +14,14 @@ from typing import Any
 from stateset_ray import checkpoint
 from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.evaluation import Evaluation, evaluate_heldout
+from stateset_ray.actors.flight import Collected
 from stateset_ray.actors.jobs import GroupPayload
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.lookahead import Lookahead
 from stateset_ray.actors.placement import cluster, place
 from stateset_ray.actors.record import step_record
 from stateset_ray.actors.remote import get
-from stateset_ray.actors.rollout_pool import Collected, RolloutPool, rollout_pool
+from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
 from stateset_ray.actors.run_folder import open_folder
 from stateset_ray.actors.task_stream import TaskStream
 from stateset_ray.config import Config

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from playground import Playground, gone, on_fifo, small
 
 from stateset_ray.actors.credit import policy_batch
 from stateset_ray.actors.run import Run, open_run
-from stateset_ray.errors import ClusterError
 from stateset_ray.metrics import JsonLines
 from stateset_ray.train import train, train_step
 from stateset_ray.train_async import train_async
@@ -55,7 +53,7 @@ def test_a_killed_engine_costs_no_conversation_and_comes_back_with_the_weights_o
         assert all(version == 1 for g in collected.groups for version in g.report.oldest)
         Playground.plan = {}
         _after(run, collected, batch)
-        revived = pids_when_all_are_back(run)
+        revived = run.pool.engine_pids  # waits for it
         os.kill(revived[1], signal.SIGKILL)  # so that the one that came back answers
         train_step(run, 2)
         assert run.version == 3
@@ -63,20 +61,9 @@ def test_a_killed_engine_costs_no_conversation_and_comes_back_with_the_weights_o
         assert abs(last["kl_mismatch"]) < 1e-4
         [facts] = run.pool.stats()
         assert facts["moved"] >= 1
-        after = pids_when_all_are_back(run)
+        after = run.pool.engine_pids  # waits for it
         assert not {*before} & {*after}
     assert gone(after)
-
-
-def pids_when_all_are_back(run: Run) -> list[int]:
-    """Ray refuses calls to an actor while it restarts it; it says of no event when it has."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return run.pool.engine_pids
-        except ClusterError:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
 
 
 def _after(run: Run, collected: Any, batch: Any) -> None:

@@ -104,3 +104,10 @@ def test_the_learners_report_divides_medians_by_the_naive_sides() -> None:
     assert "| torch | 1.00 (1.00-1.00) | 0.25 | 50.0 | 2.0 (1.0-2.5) | 2.0 |" in table(
         {"kind": "update", "sides": sides}
     )
+
+
+def test_packed_layers_beside_plain_ones() -> None:
+    result = run("benchmarks.packed", "--model", "tiny", "--rows", "1", "3", "--repeats", "1")
+    assert [row["rows"] for row in result["rows"]] == [1, 3]
+    assert all(row["ratio"] > 0 for row in result["rows"])
+    assert result["threads"] == 1

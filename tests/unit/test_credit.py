@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from stateset_ray.actors.credit import informative, longest_conversation, policy_batch, supervised_batch
+from stateset_ray.actors.flight import Collected, GroupHandle
 from stateset_ray.actors.jobs import Counts, GroupJob, GroupReport, SampleSize, report_on
 from stateset_ray.actors.learner_group import UpdateBatch
-from stateset_ray.actors.rollout_pool import Collected, GroupHandle
 from stateset_ray.config import Config, load_config
 from stateset_ray.types import Message, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from stateset_ray.actors.credit import Batch, informative, policy_batch
+from stateset_ray.actors.flight import Collected, GroupHandle
 from stateset_ray.actors.jobs import Counts, GroupJob, GroupPayload, report_on
-from stateset_ray.actors.rollout_pool import Collected, GroupHandle
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import ConfigError
 from stateset_ray.grpo.advantages import discounted, step_advantages
