@@ -76,6 +76,8 @@ class RolloutConfig(_Section):
     """How conversations are played. Each limit is named and ends a conversation with its StopReason."""
 
     workers: int = Field(default=1, ge=1)
+    max_workers: int = Field(default=0, ge=0)
+    """Workers that a run may grow to where the cluster has or gets room; they may come and go."""
     engines: int = Field(default=0, ge=0)
     """Inference engines apart from the workers, which then need no model; 0: one inside each worker."""
     concurrency: int = Field(default=64, ge=1)
@@ -93,6 +95,8 @@ class RolloutConfig(_Section):
     """Seconds for one reply."""
     conversation_timeout: float = Field(default=900.0, gt=0)
     """Seconds for one conversation."""
+    heartbeat_timeout: float = Field(default=120.0, gt=0)
+    """Seconds after which a worker that holds conversations and does not answer is restarted."""
     retries: int = Field(default=2, ge=0)
     """How often a group is dispatched again after its worker died or its policy failed."""
 
@@ -101,7 +105,8 @@ class RolloutConfig(_Section):
     @property
     def slots(self) -> int:
         """Conversations whose cache one engine keeps: its share of all that may be open."""
-        return -(-self.workers * self.concurrency // (self.engines or self.workers))
+        workers = max(self.workers, self.max_workers)
+        return -(-workers * self.concurrency // self.engines) if self.engines else self.concurrency
 
 
 class LoraConfig(_Section):
@@ -172,6 +177,9 @@ class TrainConfig(_Section):
     tasks_per_step: int = Field(default=4, ge=1)
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer steps that a step's groups are dealt to; beyond the first, they learn off-policy."""
+    oversample: int = Field(default=0, ge=0)
+    """Groups that a step plays beyond those it learns from: it need not wait for its slowest ones, which are
+    learned from in the next step (`max_staleness` allowing) or played again there, and waited for."""
     max_staleness: int = Field(default=0, ge=0)
     """Steps that rollouts may run ahead of the weights that learn from them; 0: each waits for the other."""
     warm_start: WarmStartConfig = WarmStartConfig()

@@ -25,7 +25,7 @@ class Collected:
     Attributes:
         groups: in the order of the jobs; groups that were given up are missing.
         counts: `dispatched` and `aborted` are final; the caller accounts for the groups.
-        restarts: workers that died meanwhile.
+        restarts: workers that died since something was last collected.
     """
 
     groups: list[GroupHandle]
@@ -46,12 +46,16 @@ class Flight:
         self.unfinished: set[str] = set()
         self.groups: list[GroupHandle] = []
         self.counts = Counts()
-        self.restarts = 0
 
-    def collected(self) -> Collected:
+    def add(self, name: str) -> None:
+        """A group of this name belongs to it, after those that do already."""
+        self.order[name] = max(self.order.values(), default=-1) + 1
+        self.unfinished.add(name)
+
+    def collected(self, restarts: int = 0) -> Collected:
         """What has come so far."""
         groups = sorted(self.groups, key=lambda handle: self.order[handle.report.job.id])
-        return Collected(groups, self.counts, self.restarts)
+        return Collected(groups, self.counts, restarts)
 
     def abandoned(self, reason: str) -> Counts:
         """The books of a flight that nobody will collect: everything in it was played in vain."""

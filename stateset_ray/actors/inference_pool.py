@@ -30,7 +30,7 @@ def inference_engines(config: Config, placement: Placement) -> Iterator[list[Any
     """
     cls = ray.remote(max_restarts=-1, max_task_retries=0)(InferenceEngine)
     # Any of them may have to answer everybody, when all others are dead.
-    calls = _CALLS + config.rollout.workers * config.rollout.concurrency
+    calls = _CALLS + max(config.rollout.workers, config.rollout.max_workers) * config.rollout.concurrency
     engines = [
         cls.options(**placement.engine(index), max_concurrency=calls).remote(config, index)
         for index in range(config.rollout.engines)

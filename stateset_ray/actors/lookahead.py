@@ -2,7 +2,9 @@
 
 Every step learns from the groups that the task stream deals to it, whichever were finished first: nothing
 that was played is thrown away, and short conversations are not favoured. A conversation that does not end
-holds its step no longer than `rollout.conversation_timeout`.
+holds its step no longer than `rollout.conversation_timeout`. With `train.oversample` a step plays more groups
+than it learns from and leaves the slowest to the next step, once: there they are waited for, so that slow
+tasks are learned from later, not less.
 
 Who waits for whom: `take` waits for the groups of its step; the groups of later steps are played meanwhile.
 """
@@ -67,68 +69,116 @@ class Lookahead:
         self._tasks = tasks
         self._flights: dict[int, Flight] = {}
         self._admitted: dict[int, int] = {}
+        self._due: dict[str, int] = {}  # the last step that may learn from a group, and has to wait for it
+        self._outrun: set[str] = set()  # tasks that a step in turn did not wait for: the next one will
         self._open: Flight | None = None  # of the step that was taken and is not finished
         self._taken = 0  # the first step that was not taken yet
         self._in_vain = Counts()
 
     def admit(self, step: int, staleness: int) -> None:
         """Start what may be started while `step` steps are done."""
-        per_step = self._config.train.tasks_per_step
+        train = self._config.train
         admitted = sum(self._admitted.values())
         running = min(admitted, sum(len(flight.unfinished) for flight in self._flights.values()))
-        room = may_start(
+        room = train.oversample + may_start(
             # A synchronous step is dealt out whole, whatever the workers can play at once.
-            capacity=max(self._pool.capacity, per_step), staleness=staleness, steps=step, per_step=per_step,
-            accepted=self._taken * per_step + admitted - running, running=running,
+            capacity=max(self._pool.capacity, train.tasks_per_step), staleness=staleness, steps=step,
+            per_step=train.tasks_per_step, accepted=self._taken * train.tasks_per_step + admitted - running,
+            running=running,
         )  # fmt: skip
-        for ahead in range(self._taken, min(step + staleness + 1, self._config.train.steps)):
-            if ahead not in self._flights:
-                self._tasks.begin(ahead)
-                self._flights[ahead], self._admitted[ahead] = Flight(), 0
-            count = min(room, per_step - self._admitted[ahead])
-            if count:
+        for ahead in range(self._taken, min(step + staleness + 1, train.steps)):
+            self._begin(ahead)
+            count = min(room, self._wanted(ahead, step) - self._admitted[ahead])
+            if count > 0:
                 self._admitted[ahead] += count
                 room -= count
-                self._pool.dispatch(self._flights[ahead], self._tasks.draw(ahead, count))
+                self._start(ahead, count, step, staleness)
 
     def take(self, step: int, staleness: int, should_stop: Callable[[], bool]) -> Collected:
         """Wait for the groups of a step.
 
         Groups of equal rewards are replaced by further tasks, in up to `grpo.refills` rounds; what was
-        replaced is in the result too, for the books.
+        replaced is in the result too, for the books. With `train.oversample` the slowest groups are left to
+        the next step.
 
         Raises:
             StatesetError, KeyboardInterrupt: see `RolloutPool.collect`.
         """
-        wanted = self._config.train.tasks_per_step
         self._taken = step
 
         def admit() -> None:
             self.admit(step, staleness)
 
+        def enough() -> bool:
+            return self._missing(step) <= 0 and all(self._due[name] > step for name in flight.unfinished)
+
         admit()
         flight = self._flights[step]
-        while self._admitted[step] < wanted:  # more than the workers can play at once
+        while self._admitted[step] < self._wanted(step, step) and not enough():
+            # More than the workers can play at once.
             if flight.unfinished:
-                self._pool.wait(flight, should_stop, admit)
+                self._pool.wait(flight, should_stop, admit, enough)
             else:
                 self._pool.advance(_POLL)
             admit()
-        self._pool.wait(flight, should_stop, admit)
+        self._pool.wait(flight, should_stop, admit, enough)
         for _ in range(self._config.grpo.refills):
-            missing = wanted - sum(informative(group.report, self._config) for group in flight.groups)
-            if missing <= 0:
+            if (missing := self._missing(step)) <= 0:
                 break
-            self._pool.dispatch(flight, self._tasks.draw(step, missing))
-            self._pool.wait(flight, should_stop, admit)
+            self._start(step, missing, step, staleness)
+            self._pool.wait(flight, should_stop, admit, enough)
+        self._leave_behind(step, staleness)
+        for name in flight.order:
+            del self._due[name]
         del self._flights[step], self._admitted[step]
         self._open = flight
         self._taken = step + 1
-        collected = flight.collected()
+        collected = self._pool.collected(flight)
         collected.counts.dispatched += self._in_vain.dispatched
         collected.counts.aborted += self._in_vain.aborted
         self._in_vain = Counts()
         return collected
+
+    def _begin(self, step: int) -> None:
+        if step not in self._flights:
+            self._tasks.begin(step)
+            self._flights[step], self._admitted[step] = Flight(), 0
+
+    def _wanted(self, step: int, now: int) -> int:
+        """Groups that a step is to have begun while `now` steps are done."""
+        train = self._config.train
+        return train.tasks_per_step + (train.oversample if step == now else 0)
+
+    def _missing(self, step: int) -> int:
+        """Groups that a step can still use to learn from."""
+        ended = [group.report for group in self._flights[step].groups]
+        useful = (
+            [informative(report, self._config) for report in ended] if self._config.grpo.refills else ended
+        )
+        return self._config.train.tasks_per_step - sum(map(bool, useful))
+
+    def _start(self, step: int, count: int, now: int, staleness: int) -> None:
+        """Play the next groups of a step while `now` steps are done."""
+        jobs = self._tasks.draw(step, count)
+        for job in jobs:
+            # A step in turn may leave a task to the next one, which plays it again and waits for it.
+            self._due[job.id] = now + (staleness or job.task.id not in self._outrun)
+        self._pool.dispatch(self._flights[step], jobs)
+
+    def _leave_behind(self, step: int, staleness: int) -> None:
+        """Hand what a step did not wait for to the next one."""
+        flight, following = self._flights[step], step + 1
+        names = frozenset(flight.unfinished)
+        self._outrun = set() if staleness else {self._tasks.task(step, name).id for name in names}
+        if not names:
+            return
+        if staleness and following < self._config.train.steps:
+            self._begin(following)
+            self._pool.move(flight, self._flights[following])
+            self._admitted[following] += len(names)
+        else:
+            self._pool.drop(flight, "outrun")
+        self._tasks.defer(step, names, playing=bool(staleness))
 
     def finish(self, step: int) -> None:
         """End a step: it was learned from, and its books are closed."""
@@ -159,3 +209,4 @@ class Lookahead:
             self._in_vain.dispatched += lost.dispatched
             self._in_vain.aborted += lost.aborted
         self._flights, self._admitted, self._open = {}, {}, None
+        self._due, self._outrun = {}, set()

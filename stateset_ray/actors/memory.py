@@ -107,14 +107,15 @@ def expected_memory(config: Config) -> Memory:
     limits, ranks = config.rollout, config.learner.ranks
     learner = learner_memory(config)
     # Conversations lie where they are answered: in the workers, or in engines apart from them.
-    holders = limits.engines or limits.workers
+    workers = max(limits.workers, limits.max_workers)
+    holders = limits.engines or workers
     cache = model.layers * 2 * limits.slots * limits.max_context * model.keys * model.item
     weights, process = model.parameters * model.item, _PROCESS + _RAY_INSIDE
     versions = _VERSIONS + config.train.max_staleness  # conversations in flight hold those they began with
     rank = learner.total - learner.parts.get("published", 0)  # that is in the object store, and once
     rank += 0 if "process" in learner.parts else process
     total = ranks * rank + holders * (weights + cache + process) + process + _RAY
-    total += limits.workers * process if limits.engines else 0
+    total += workers * process if limits.engines else 0
     return Memory(
         learner, weights, cache, weights,
         checkpoint=weights + model.trained * (3 * 4), total=total + versions * weights,

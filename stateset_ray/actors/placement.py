@@ -127,8 +127,12 @@ class Placement:
         return self._options(self._config.rollout.workers + index, room.engine_cpus, room.engine_gpus)
 
     def worker(self, index: int) -> dict[str, Any]:
-        """Actor options of one rollout worker."""
+        """Actor options of one rollout worker; a guest sits wherever there is room, or will be."""
         room = self._config.cluster
+        if index >= self._config.rollout.workers:
+            return {
+                "num_cpus": room.worker_cpus, "num_gpus": room.worker_gpus, "scheduling_strategy": "SPREAD"
+            }  # fmt: skip
         return self._options(index, room.worker_cpus, room.worker_gpus)
 
     def _options(self, bundle: int, cpus: float, gpus: float) -> dict[str, Any]:

@@ -13,11 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from stateset_ray.actors.flight import Collected, Flight, GroupHandle
 from stateset_ray.actors.inference_pool import inference_engines
@@ -25,6 +24,7 @@ from stateset_ray.actors.jobs import GroupJob, GroupReport
 from stateset_ray.actors.placement import Placement, import_paths
 from stateset_ray.actors.remote import await_ready, cause_of, get
 from stateset_ray.actors.rollout_worker import RolloutWorker
+from stateset_ray.actors.roster import Roster, Stream, Worker
 from stateset_ray.actors.weights import PublishedWeights
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, WaitTimeout
@@ -36,60 +36,38 @@ _POLL = 1.0  # seconds between looks at deadlines and at the caller's wish to st
 _CALLS = 64  # of a worker at the same time, besides one for each conversation
 
 
-@dataclass(eq=False)
-class _Stream:
-    """One call of a worker's `play`: what it plays, for which flight."""
-
-    flight: Flight
-    jobs: dict[str, GroupJob]
-    suspect: bool = False
-
-
-@dataclass(eq=False)
-class _Worker:
-    index: int
-    actor: Any
-    streams: dict[Any, _Stream] = field(default_factory=dict)
-    ping: Any = None
-    """Set while the worker is not known to be alive."""
-    since: float = 0.0
-    alone: bool = False
-    """Whether it plays a suspect, or is kept free for one."""
-
-    @property
-    def load(self) -> int:
-        """Groups that it has still to play."""
-        return sum(len(stream.jobs) for stream in self.streams.values())
-
-
 class RolloutPool:
-    """Plays jobs on the workers that `rollout_pool` created."""
+    """Plays jobs on the workers that `rollout_pool` created.
 
-    def __init__(
-        self, config: Config, workers: list[_Worker], make: Callable[[int], Any],
-        engines: Sequence[Any] = (),
-    ) -> None:  # fmt: skip
+    Args:
+        config: of the run.
+        roster: the workers.
+        engines: actors that answer them; without any, each worker has an engine of its own.
+    """
+
+    def __init__(self, config: Config, roster: Roster, engines: Sequence[Any] = ()) -> None:
         self._config = config
         self._engines = engines
-        self._workers = workers
-        self._make = make
-        self._suspects: deque[tuple[GroupJob, Flight]] = deque()
-        self._held: deque[tuple[GroupJob, Flight]] = deque()
+        self._roster = roster
+        self._flights: dict[str, Flight] = {}
+        """Of every group that has not ended."""
+        self._suspects: deque[GroupJob] = deque()
+        self._held: deque[GroupJob] = deque()
         """Groups for which there is no worker at the moment."""
+        self._deaths = 0
         self._quiet_since = time.monotonic()
         self.weights: PublishedWeights | None = None
 
     @property
     def capacity(self) -> int:
-        """Groups that all workers together can play at once."""
+        """Groups that all live workers together can play at once."""
         limits = self._config.rollout
-        return max(1, len(self._workers) * limits.concurrency // self._config.grpo.group_size)
+        return max(1, len(self._roster.live) * limits.concurrency // self._config.grpo.group_size)
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the live workers."""
-        live = [w.actor.ready.remote() for w in self._workers if w.ping is None]
-        return [facts["pid"] for facts in self._ask(live)]
+        return [facts["pid"] for facts in self._ask([w.actor.ready.remote() for w in self._roster.live])]
 
     @property
     def engine_pids(self) -> list[int]:
@@ -100,8 +78,7 @@ class RolloutPool:
 
     def stats(self) -> list[dict[str, float]]:
         """What every live worker's engine has done, or its router: `EngineStats`, `Router.stats`."""
-        live = [w.actor.stats.remote() for w in self._workers if w.ping is None]
-        return list(self._ask(live))
+        return list(self._ask([w.actor.stats.remote() for w in self._roster.live]))
 
     def _ask(self, refs: list[Any]) -> list[Any]:
         limit = self._config.cluster.wait_seconds
@@ -122,33 +99,39 @@ class RolloutPool:
         flight = Flight()
         self.dispatch(flight, jobs)
         self.wait(flight, should_stop)
-        return flight.collected()
+        return self.collected(flight)
+
+    def collected(self, flight: Flight) -> Collected:
+        """What a flight has brought so far, and how many workers died since this was last asked."""
+        deaths, self._deaths = self._deaths, 0
+        return flight.collected(deaths)
 
     def dispatch(self, flight: Flight, jobs: Sequence[GroupJob]) -> None:
         """Send groups to the workers, to the least loaded first; does not wait for them."""
-        if not self._under_way():
+        if not self._flights:
             self._quiet_since = time.monotonic()
         for job in jobs:
-            flight.order[job.id] = len(flight.order)
-            flight.unfinished.add(job.id)
-        self._held.extend((job, flight) for job in jobs)
-        if not self._live():
-            self._await_any()
+            flight.add(job.id)
+            self._flights[job.id] = flight
+        self._held.extend(jobs)
+        if not self._roster.live:
+            self._roster.await_any()
         self._tend()
 
     def wait(
         self, flight: Flight, should_stop: Callable[[], bool] = lambda: False,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] = lambda: None, enough: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """Wait until every group of a flight has ended, and take what comes for the others too.
 
         Args:
             meanwhile: called after everything that came.
+            enough: whether what has ended is enough.
 
         Raises:
             StatesetError, KeyboardInterrupt: see `collect`.
         """
-        while flight.unfinished:
+        while flight.unfinished and not enough():
             if should_stop():
                 self.abandon()
                 raise KeyboardInterrupt
@@ -161,52 +144,90 @@ class RolloutPool:
         Raises:
             StatesetError: see `collect`.
         """
-        waits = {stream: w for w in self._workers for stream in w.streams}
-        waits |= {w.ping: w for w in self._workers if w.ping is not None}
+        waits = self._roster.waits()
         if not waits:
             raise ClusterError("no rollout worker is left", mend="look at the workers' logs")
         # Not fetched: the first half of what a stream gives is a payload, which stays where it is.
         ready, _ = ray.wait(list(waits), num_returns=1, timeout=seconds, fetch_local=False)
+        came = False
         for item in ready:
             worker = waits[item]
-            if worker.ping is not None:
-                self._pinged(worker)
-            elif item in worker.streams:
+            if item in worker.streams:
                 self._report(worker, item)
-        if ready:
+                came = True
+            else:
+                came |= self._roster.answered(worker, item)
+        self._roster.beat()
+        if came:
             self._quiet_since = time.monotonic()
             self._tend()
         limit = self._config.rollout.conversation_timeout + self._config.cluster.wait_seconds
-        if time.monotonic() - self._quiet_since > limit:
+        if self._flights and time.monotonic() - self._quiet_since > limit:
             raise WaitTimeout(
                 f"the controller got no report from any rollout worker for {limit:.0f} s",
-                given={w.index: sorted(j for s in w.streams.values() for j in s.jobs) for w in self._workers},
+                given={
+                    w.index: sorted(j for s in w.streams.values() for j in s.jobs)
+                    for w in self._roster.workers
+                },
                 mend="look at the workers' logs; something hangs without a limit of its own",
             )
-        return bool(ready)
+        return came
+
+    def move(self, source: Flight, target: Flight) -> None:
+        """Let the groups of a flight that have not ended be collected with another one."""
+        for name in list(source.unfinished):
+            source.unfinished.discard(name)
+            target.add(name)
+            self._flights[name] = target
+        for job in self._playing(target):
+            if job.id in source.order:
+                source.counts.dispatched -= job.size
+                target.counts.dispatched += job.size
+        for name in target.unfinished & source.order.keys():
+            del source.order[name]
+
+    def drop(self, flight: Flight, reason: str) -> None:
+        """Give up the groups of a flight that have not ended."""
+        names = set(flight.unfinished)
+        for worker in self._roster.workers:
+            for stream in worker.streams.values():
+                mine = [stream.jobs.pop(name) for name in names & stream.jobs.keys()]
+                if mine:
+                    flight.counts.aborted[reason] += sum(job.size for job in mine)
+                    worker.actor.drop.remote([job.id for job in mine])
+        self._suspects = deque(job for job in self._suspects if job.id not in names)
+        self._held = deque(job for job in self._held if job.id not in names)
+        for name in names:
+            self._end(name)
+        self._tend()
 
     def abandon(self) -> None:
         """Give up everything that is under way, in every flight."""
-        for worker in self._workers:
+        for worker in self._roster.workers:
             for stream in worker.streams:
                 ray.cancel(stream)
-            worker.streams, worker.alone = {}, False
+            worker.clear()
+        self._flights.clear()
         self._suspects.clear()
         self._held.clear()
 
-    def _under_way(self) -> bool:
-        return bool(self._held or self._suspects or any(w.streams for w in self._workers))
+    def _playing(self, flight: Flight) -> list[GroupJob]:
+        """Groups of a flight that are on a worker."""
+        streams = [stream for worker in self._roster.workers for stream in worker.streams.values()]
+        return [job for stream in streams for job in stream.jobs.values() if self._flights[job.id] is flight]
 
-    def _live(self) -> list[_Worker]:
-        return [w for w in self._workers if w.ping is None]
+    def _end(self, name: str) -> Flight:
+        """A group has ended, one way or the other; the flight that it belongs to."""
+        flight = self._flights.pop(name)
+        flight.unfinished.discard(name)
+        return flight
 
     def _tend(self) -> None:
         """Give suspects workers of their own, and all other groups the least loaded of the rest."""
-        live = self._live()
+        live = self._roster.live
         for worker in live:
             if not worker.streams and self._suspects:
-                job, flight = self._suspects.popleft()
-                self._play(worker, [job], flight, suspect=True)
+                self._play(worker, [self._suspects.popleft()], suspect=True)
             # What is left of others' work on a worker that a suspect waited for is no reason any more.
             waits = worker.alone and bool(self._suspects)
             worker.alone = waits or any(stream.suspect for stream in worker.streams.values())
@@ -216,27 +237,24 @@ class RolloutPool:
         takers = [w for w in live if not w.alone]
         if not takers:
             return
-        loads = {w.index: w.load for w in takers}
-        hands: dict[tuple[int, int], tuple[_Worker, Flight, list[GroupJob]]] = {}
+        hands: dict[int, list[GroupJob]] = {worker.index: [] for worker in takers}
         while self._held:
-            job, flight = self._held.popleft()
-            worker = min(takers, key=lambda w: (loads[w.index], w.index))
-            loads[worker.index] += 1
-            hands.setdefault((worker.index, id(flight)), (worker, flight, []))[2].append(job)
-        for worker, flight, jobs in hands.values():
-            self._play(worker, jobs, flight)
+            worker = min(takers, key=lambda w: (w.load + len(hands[w.index]), w.index))
+            hands[worker.index].append(self._held.popleft())
+        for worker in takers:
+            if jobs := hands[worker.index]:
+                self._play(worker, jobs)
 
-    def _play(
-        self, worker: _Worker, jobs: Sequence[GroupJob], flight: Flight, *, suspect: bool = False
-    ) -> None:
+    def _play(self, worker: Worker, jobs: Sequence[GroupJob], *, suspect: bool = False) -> None:
         weights = self.weights or PublishedWeights(0)
-        flight.counts.dispatched += sum(job.size for job in jobs)
+        for job in jobs:
+            self._flights[job.id].counts.dispatched += job.size
         stream = worker.actor.play.options(num_returns="streaming").remote(
             weights.version, {"refs": weights.refs, "lineage": weights.lineage}, list(jobs)
         )
-        worker.streams[stream] = _Stream(flight, {job.id: job for job in jobs}, suspect)
+        worker.streams[stream] = Stream({job.id: job for job in jobs}, suspect)
 
-    def _report(self, worker: _Worker, item: Any) -> None:
+    def _report(self, worker: Worker, item: Any) -> None:
         """Take the next report of a worker's stream, or notice its end or its death."""
         stream = worker.streams[item]
         try:
@@ -251,59 +269,29 @@ class RolloutPool:
             return
         except RayTaskError as error:
             raise cause_of(error) from None
-        flight = stream.flight
-        job = stream.jobs.pop(report.job.id)
+        job = stream.jobs.pop(report.job.id, None)
+        if job is None:  # it was dropped, and had ended before the worker knew
+            return
         failed = StopReason.INFRASTRUCTURE_ERROR.value in report.stop_reasons
         if failed and job.attempt < self._config.rollout.retries:
-            flight.counts.aborted["infrastructure_error"] += job.size
-            self._suspects.append((job.again(), flight))
+            self._flights[job.id].counts.aborted["infrastructure_error"] += job.size
+            self._suspects.append(job.again())
             return
-        flight.unfinished.discard(job.id)
-        flight.groups.append(GroupHandle(report, payload))
+        self._end(job.id).groups.append(GroupHandle(report, payload))
 
-    def _lost(self, worker: _Worker, death: RayActorError) -> None:
+    def _lost(self, worker: Worker, death: RayActorError) -> None:
         """A worker died: its unfinished groups become suspects, or are given up."""
+        self._deaths += 1
+        jobs = self._roster.lost(worker, death)
         # Only a group that was alone on the worker is known to have been there when it died.
-        guilty = worker.load == 1
-        next(iter(worker.streams.values())).flight.restarts += 1  # one death, booked once
-        for stream in worker.streams.values():
-            for job in stream.jobs.values():
-                stream.flight.counts.aborted["worker_died"] += job.size
-                again = job.again()
-                if guilty and again.attempt > self._config.rollout.retries:
-                    stream.flight.unfinished.discard(job.id)
-                else:
-                    self._suspects.append((again if guilty else job, stream.flight))
-        worker.streams, worker.alone = {}, False
-        if isinstance(death, ActorDiedError):
-            worker.actor = self._make(worker.index)
-        worker.ping, worker.since = worker.actor.ready.remote(), time.monotonic()
-
-    def _pinged(self, worker: _Worker) -> None:
-        """A worker answered its ping, or is still restarting, or is gone for good."""
-        try:
-            ray.get(worker.ping, timeout=self._config.cluster.wait_seconds)
-            worker.ping = None
-        except RayActorError as error:
-            if time.monotonic() - worker.since > self._config.cluster.wait_seconds:
-                raise ClusterError(
-                    f"rollout worker {worker.index} did not come back within "
-                    f"{self._config.cluster.wait_seconds:.0f} s: {error}",
-                    mend="look at its log; is there memory for its model?",
-                ) from error
-            if isinstance(error, ActorDiedError):
-                worker.actor = self._make(worker.index)
-            worker.ping = worker.actor.ready.remote()
-
-    def _await_any(self) -> None:
-        deadline = time.monotonic() + self._config.cluster.wait_seconds
-        while not self._live():
-            pings = {w.ping: w for w in self._workers}
-            ready, _ = ray.wait(list(pings), num_returns=1, timeout=_POLL)
-            for item in ready:
-                self._pinged(pings[item])
-            if time.monotonic() > deadline:
-                raise WaitTimeout("the controller waited for any rollout worker to come back")
+        guilty = len(jobs) == 1
+        for job in jobs:
+            self._flights[job.id].counts.aborted["worker_died"] += job.size
+            again = job.again()
+            if guilty and again.attempt > self._config.rollout.retries:
+                self._end(job.id)
+            else:
+                self._suspects.append(again if guilty else job)
 
 
 @contextmanager
@@ -322,18 +310,21 @@ def rollout_pool(config: Config, placement: Placement) -> Iterator[RolloutPool]:
 def _workers(config: Config, placement: Placement, engines: Sequence[Any]) -> Iterator[RolloutPool]:
     cls = ray.remote(max_restarts=-1, max_task_retries=0)(RolloutWorker)
     paths = import_paths()
-    count = config.rollout.workers
+    limits = config.rollout
+    most = max(limits.workers, limits.max_workers)
 
     def make(index: int) -> Any:
         options = placement.worker(index)
         # An async actor runs as many calls at once as it has pings and plays outstanding.
-        calls = _CALLS + config.rollout.concurrency
-        return cls.options(**options, max_concurrency=calls).remote(config, index, count, paths, engines)
+        calls = _CALLS + limits.concurrency
+        return cls.options(**options, max_concurrency=calls).remote(config, index, most, paths, engines)
 
-    workers = [_Worker(i, make(i)) for i in range(count)]
+    workers = [Worker(i, make(i)) for i in range(limits.workers)]
+    roster = None
     try:
         await_ready([w.actor for w in workers], "rollout workers", config.cluster.wait_seconds)
-        yield RolloutPool(config, workers, make, engines)
+        roster = Roster(config, workers, make, most - limits.workers)
+        yield RolloutPool(config, roster, engines)
     finally:
-        for worker in workers:
+        for worker in roster.workers if roster else workers:
             ray.kill(worker.actor)

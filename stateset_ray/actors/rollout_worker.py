@@ -50,6 +50,7 @@ class RolloutWorker:
         self._import_paths = import_paths
         self._engines = engines
         self._inference: Inference | None = None
+        self._groups: dict[str, asyncio.Task[tuple[GroupReport, GroupPayload]]] = {}
         self._setting_up = asyncio.Lock()
         self._places = asyncio.Semaphore(config.rollout.concurrency)
 
@@ -92,21 +93,35 @@ class RolloutWorker:
             jobs: what to play.
 
         Yields:
-            For each group, in the order they finish: its payload, then its report.
+            For each group that was not dropped, in the order they finish: its payload, then its report.
         """
         inference = self._loaded()
         if any(not job.expert for job in jobs):
             await inference.hold(version, weights)
-        groups = [asyncio.create_task(self._group(job)) for job in jobs]
+        groups = {job.id: asyncio.create_task(self._group(job)) for job in jobs}
+        self._groups |= groups
+        playing = set(groups.values())
         try:
-            for done in asyncio.as_completed(groups):
-                report, payload = await done
-                # In this order: who holds the report knows that the payload arrived whole.
-                yield payload
-                yield report
+            while playing:
+                ended, playing = await asyncio.wait(playing, return_when=asyncio.FIRST_COMPLETED)
+                for group in ended:
+                    if group.cancelled():  # dropped
+                        continue
+                    report, payload = group.result()
+                    # In this order: who holds the report knows that the payload arrived whole.
+                    yield payload
+                    yield report
         finally:
-            for task in groups:
-                task.cancel()
+            for name, group in groups.items():
+                group.cancel()
+                if self._groups.get(name) is group:
+                    del self._groups[name]
+
+    async def drop(self, names: Sequence[str]) -> None:
+        """Give up groups that nobody waits for any more; those that have ended are not touched."""
+        for name in names:
+            if group := self._groups.get(name):
+                group.cancel()
 
     def stats(self) -> dict[str, float]:
         """What the engine has done so far, or the router; see `EngineStats` and `Router.stats`."""

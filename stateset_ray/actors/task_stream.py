@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from stateset_ray.actors.jobs import GroupJob
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment
-from stateset_ray.types import derive_seed
+from stateset_ray.types import Task, derive_seed
 
 __all__ = ["TaskStream"]
 
@@ -26,7 +26,9 @@ class TaskStream:
         self._dialogues = config.train.warm_start.dialogues
         self._first = config.train.warm_start.steps * self._dialogues
         self._next = self._first
-        self._drawn: dict[int, list[int]] = {}
+        self._drawn: dict[
+            int, dict[str, int]
+        ] = {}  # of every step, what the jobs are whose index it has drawn
         self._again: dict[int, list[int]] = {}
         self._spare: list[int] = []  # drawn once, and not needed when their step was played again
 
@@ -37,7 +39,7 @@ class TaskStream:
 
     def begin(self, step: int) -> None:
         """Begin a step: what it has drawn before, without being finished, is drawn again."""
-        self._again[step] = self._drawn.pop(step, []) + self._again.get(step, [])
+        self._again[step] = [*self._drawn.pop(step, {}).values(), *self._again.get(step, [])]
 
     def draw(self, step: int, count: int) -> list[GroupJob]:
         """The next groups of a step."""
@@ -48,8 +50,27 @@ class TaskStream:
         fresh = count - len(indices)
         indices += range(self._next, self._next + fresh)
         self._next += fresh
-        self._drawn.setdefault(step, []).extend(indices)
-        return [self._job(str(step), i, self._config.grpo.group_size) for i in indices]
+        jobs = [self._job(str(step), i, self._config.grpo.group_size) for i in indices]
+        drawn = self._drawn.setdefault(step, {})
+        drawn |= {job.id: index for job, index in zip(jobs, indices, strict=True)}
+        return jobs
+
+    def task(self, step: int, name: str) -> Task:
+        """The task of a job that a step has drawn."""
+        return self._environment.task("train", self._drawn[step][name])
+
+    def defer(self, step: int, names: Collection[str], *, playing: bool) -> None:
+        """Leave jobs of a step to the next one.
+
+        Args:
+            playing: whether they go on, or are to be drawn again.
+        """
+        deferred = {name: self._drawn[step].pop(name) for name in list(self._drawn[step]) if name in names}
+        following = step + 1
+        if playing:
+            self._drawn[following] = self._drawn.get(following, {}) | deferred
+        else:
+            self._again[following] = [*deferred.values(), *self._again.get(following, [])]
 
     def finish(self, step: int) -> None:
         """End a step: what it has drawn is played."""
@@ -59,7 +80,9 @@ class TaskStream:
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to know: the next task, and what was drawn and not played."""
         steps = self._drawn.keys() | self._again.keys()
-        drawn = {str(s): self._drawn.get(s, []) + self._again.get(s, []) for s in sorted(steps)}
+        drawn = {
+            str(s): [*self._drawn.get(s, {}).values(), *self._again.get(s, [])] for s in sorted(steps)
+        }  # fmt: skip
         return {
             "next_task": self._next,
             "spare": list(self._spare),

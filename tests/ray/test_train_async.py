@@ -71,6 +71,32 @@ def test_bug_27_a_step_waits_for_its_slow_tasks_and_learns_from_every_task_in_or
     assert [line["trajectory"]["task"]["id"] for line in log] == [f"train-{i}" for i in range(12)]
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_bug_27_slow_tasks_are_left_to_the_next_step_and_not_lost(tmp_path: Path, staleness: int) -> None:
+    """Two tasks wait until the first step has ended; the step therefore cannot have waited for them."""
+    gate = tmp_path / "gate"
+    Playground.plan = {index: {"fault": "gate", "file": str(gate)} for index in (0, 2)}
+    config = small(
+        tmp_path, "train.steps=4", f"train.max_staleness={staleness}", "train.oversample=2",
+        "rollout.workers=2", "run.log_trajectories=9", 'environment.path="playground:Playground"',
+    )  # fmt: skip
+
+    def open_gate(event: Any) -> None:
+        if event["event"] == "step":
+            gate.touch()
+
+    train_async(config, on_event=open_gate)
+    seen = records(config)
+    assert all(balanced(record) for record in seen)
+    assert all(record["staleness"]["max"] <= staleness for record in seen)
+    log = JsonLines(config.run.folder / "trajectories.jsonl").read()
+    played = [(line["step"], line["trajectory"]["task"]["id"]) for line in log]
+    assert {task for step, task in played if step == 0} == {"train-1", "train-3"}
+    assert {(1, "train-0"), (1, "train-2")} <= set(played)
+    outrun = [record["trajectories"]["aborted"].get("outrun", 0) for record in seen]
+    assert outrun[0] == (0 if staleness else 8)
+
+
 def test_a_worker_that_dies_while_rollouts_run_ahead_loses_nothing(tmp_path: Path) -> None:
     config = corrected(small(tmp_path, "train.steps=5", "train.max_staleness=1", "rollout.workers=2"))
     with open_run(config) as run:

@@ -1,12 +1,15 @@
 """How far rollouts may run ahead: the admission rule, and which step gets which tasks."""
 
 from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stateset_ray.actors.lookahead import may_start
+from stateset_ray.actors.flight import Collected, Flight, GroupHandle
+from stateset_ray.actors.jobs import GroupJob, GroupReport, SampleSize
+from stateset_ray.actors.lookahead import Lookahead, may_start
 from stateset_ray.actors.task_stream import TaskStream
 from stateset_ray.config import Config, corrected, load_config
 from stateset_ray.environments.echo import Echo
@@ -51,6 +54,116 @@ def test_bug_23_24_no_group_is_staler_than_allowed_and_none_waits_for_ever(
 def test_bug_23_after_a_resume_there_is_no_burst() -> None:
     started = may_start(capacity=999, staleness=2, steps=50, per_step=4, accepted=50 * 4, running=0)
     assert started == 3 * 4
+
+
+class _Played:
+    """A pool whose groups take a given time; time goes by only when it is waited for."""
+
+    capacity = 6
+
+    def __init__(self, seconds: list[int]) -> None:
+        self.seconds, self.now = seconds, 0
+        self.ends: dict[str, int] = {}
+        self.flights: dict[str, Flight] = {}
+        self.jobs: dict[str, GroupJob] = {}
+        self.step = 0
+        self.begun: dict[str, int] = {}
+
+    @property
+    def dealt(self) -> set[str]:
+        return set(self.begun)
+
+    def dispatch(self, flight: Flight, jobs: list[GroupJob]) -> None:
+        for job in jobs:
+            flight.add(job.id)
+            flight.counts.dispatched += job.size
+            self.flights[job.id], self.jobs[job.id] = flight, job
+            self.begun[job.task.id] = self.step
+            index = int(job.task.id.rpartition("-")[2])
+            self.ends[job.id] = self.now + self.seconds[index % len(self.seconds)]
+
+    def advance(self, _: float) -> bool:
+        name = min(self.ends, key=lambda n: (self.ends[n], n))
+        self.now = max(self.now, self.ends.pop(name))
+        flight = self.flights.pop(name)
+        flight.unfinished.discard(name)
+        flight.groups.append(GroupHandle(_report(self.jobs[name]), None))
+        return True
+
+    def wait(self, flight: Flight, _: Any, meanwhile: Any, enough: Any) -> None:
+        while flight.unfinished and not enough():
+            self.advance(1)
+            meanwhile()
+
+    def move(self, source: Flight, target: Flight) -> None:
+        for name in list(source.unfinished):
+            source.unfinished.discard(name)
+            del source.order[name]
+            target.add(name)
+            self.flights[name] = target
+            source.counts.dispatched -= self.jobs[name].size
+            target.counts.dispatched += self.jobs[name].size
+
+    def drop(self, flight: Flight, reason: str) -> None:
+        for name in list(flight.unfinished):
+            flight.unfinished.discard(name)
+            flight.counts.aborted[reason] += self.jobs[name].size
+            del self.ends[name], self.flights[name]
+
+    def collected(self, flight: Flight) -> Collected:
+        return flight.collected()
+
+
+def _report(job: GroupJob) -> GroupReport:
+    size = SampleSize(0, 0, 4, 2)
+    played = ("completed",) * 2
+    return GroupReport(job, (0.0, 1.0), played, (), (size,), (1, 1), (2, 2), ({}, {}), oldest=(0, 0))
+
+
+@given(
+    oversample=st.integers(0, 3), staleness=st.integers(0, 3),
+    seconds=st.lists(st.integers(1, 40), min_size=1, max_size=24),
+)  # fmt: skip
+def test_bug_27_every_task_is_learned_from_once_and_what_was_outrun_in_the_next_step(
+    oversample: int, staleness: int, seconds: list[int]
+) -> None:
+    """Groups take any time: the slowest are left behind, but once, and never beyond their staleness."""
+    config = load_config(None, [
+        "grpo.group_size=2", "train.steps=8", "train.tasks_per_step=3", f"train.oversample={oversample}",
+        f"train.max_staleness={staleness}",
+    ])  # fmt: skip
+    pool = _Played(seconds)
+    ahead = Lookahead(config, pool, TaskStream(config, Echo()))  # type: ignore[arg-type]
+    learned: list[str] = []
+    waited: set[str] = set()
+    for pool.step in range(8):
+        collected = ahead.take(pool.step, staleness, lambda: False)
+        names = [group.report.job.task.id for group in collected.groups]
+        assert 3 <= len(names) <= 3 + oversample
+        assert collected.counts.dispatched == 2 * len(names) + collected.counts.aborted.total()
+        assert all(pool.step - pool.begun[name] <= staleness for name in names)
+        assert waited <= set(names)
+        learned += names
+        ahead.finish(pool.step)
+        waited = pool.dealt - set(learned) if not staleness else set()
+    assert len(learned) == len(set(learned))
+    assert len(pool.dealt - set(learned)) <= oversample  # those that the last step has outrun
+    if not oversample:
+        assert learned == [f"train-{index}" for index in range(24)]
+
+
+def test_a_straggler_holds_only_one_of_two_steps() -> None:
+    settings = ["grpo.group_size=2", "train.steps=4", "train.tasks_per_step=3"]
+    waits: dict[int, list[int]] = {}
+    for oversample in (0, 1):
+        config = load_config(None, [*settings, f"train.oversample={oversample}"])
+        pool = _Played([9, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+        ahead = Lookahead(config, pool, TaskStream(config, Echo()))  # type: ignore[arg-type]
+        for pool.step in range(4):
+            ahead.take(pool.step, 0, lambda: False)
+            ahead.finish(pool.step)
+            waits.setdefault(oversample, []).append(pool.now)
+    assert waits == {0: [9, 10, 11, 12], 1: [1, 10, 11, 12]}  # played again, and waited for
 
 
 @pytest.fixture

@@ -127,6 +127,9 @@ class Playground(Echo):
                     Path(self._data["fifo"]).write_text(str(os.getpid()))
             case "slow":  # the latency of a tool, say
                 await asyncio.sleep(self._data["seconds"])
+            case "gate":  # until a file is there
+                while not os.path.exists(self._data["file"]):
+                    await asyncio.sleep(0.05)
             case "nan":
                 return Step(reward=float("nan"), terminated=True)
             case "freeze":  # with all conversations of this process, until it is killed

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import threading
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +21,11 @@ __all__ = ["ScriptedWorker"]
 
 
 class ScriptedWorker(RolloutWorker):
-    """Plays by `task.data`: {"fail": n} times at first, {"dies": fifo}, {"raises": text}, {"bug": text}."""
+    """Plays by `task.data`: {"fail": n} times at first, {"dies": fifo}, {"raises": text}, {"bug": text}.
+
+    {"blocks": mark} and {"stops": mark} silence the process, and {"waits": mark} only the group, for ever;
+    all three only where the file `mark` is not there yet. {"gate": fifo} waits for something written there.
+    """
 
     _renderer = SimpleNamespace(rewrites_history=False)
 
@@ -31,6 +39,9 @@ class ScriptedWorker(RolloutWorker):
             raise ModelError(data["raises"])
         if "bug" in data:
             raise ValueError(data["bug"])
+        await _hang(data)
+        if "gate" in data:
+            await asyncio.to_thread(Path(data["gate"]).read_text)
         broken = self._failed[job.id] < data.get("fail", 0)
         self._failed[job.id] += broken
         reason = StopReason.INFRASTRUCTURE_ERROR if broken else StopReason.COMPLETED
@@ -50,6 +61,19 @@ class ScriptedWorker(RolloutWorker):
             report.infos[0]["half"] = _Half(data["dies"], sent, "report")
             return report, _Half(data["dies"], sent, "payload")  # type: ignore[return-value]
         return report, payload
+
+
+async def _hang(data: Mapping[str, str]) -> None:
+    for how in {"blocks", "stops", "waits"} & data.keys():
+        try:
+            Path(data[how]).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        if how == "blocks":
+            threading.Event().wait()
+        if how == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        await asyncio.Event().wait()
 
 
 class _NoWeights:

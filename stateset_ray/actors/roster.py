@@ -1,0 +1,194 @@
+"""The rollout workers themselves: who is there, who is awaited, and who has fallen silent.
+
+Who waits for whom: the pool waits for what `waits` names, and hands what came to `answered`; only `await_any`
+waits here, for the first worker that comes back. A worker that holds groups has to answer a heartbeat within
+`rollout.heartbeat_timeout`; one that does not (its event loop is blocked, its process stopped) is killed, and
+restarted by Ray like one that crashed.
+
+Workers beyond `rollout.workers`, up to `rollout.max_workers`, are guests: they join when the cluster has room
+for them, also in the middle of a run, and that they leave with their node is no error.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+
+from stateset_ray.actors.jobs import GroupJob
+from stateset_ray.actors.remote import cause_of
+from stateset_ray.config import Config
+from stateset_ray.errors import ClusterError, WaitTimeout
+
+__all__ = ["Roster", "Stream", "Worker"]
+
+_log = logging.getLogger(__name__)
+_POLL = 1.0  # seconds between looks at workers that are to come back
+_BEATS = 4  # heartbeats within `rollout.heartbeat_timeout`
+
+
+@dataclass(eq=False)
+class Stream:
+    """One call of a worker's `play`: what it has still to play."""
+
+    jobs: dict[str, GroupJob]
+    suspect: bool = False
+
+
+@dataclass(eq=False)
+class Worker:
+    """One rollout worker, as the controller knows it.
+
+    Attributes:
+        guest: whether the run goes on without it.
+        streams: its calls that have not ended.
+        ping: set while the worker is not known to be alive.
+        since: when it was lost, by the monotonic clock.
+        beat: a heartbeat that it has not answered.
+        beaten: when it was last asked for one.
+        alone: whether it plays a suspect, or is kept free for one.
+    """
+
+    index: int
+    actor: Any
+    guest: bool = False
+    streams: dict[Any, Stream] = field(default_factory=dict)
+    ping: Any = None
+    since: float = 0.0
+    beat: Any = None
+    beaten: float = 0.0
+    alone: bool = False
+
+    @property
+    def load(self) -> int:
+        """Groups that it has still to play."""
+        return sum(len(stream.jobs) for stream in self.streams.values())
+
+    def clear(self) -> list[GroupJob]:
+        """Forget what it plays; the groups that it had still to play."""
+        jobs = [job for stream in self.streams.values() for job in stream.jobs.values()]
+        self.streams, self.beat, self.alone = {}, None, False
+        return jobs
+
+
+class Roster:
+    """All workers of a run.
+
+    Args:
+        config: of the run.
+        workers: those that are there.
+        make: creates the actor of an index (again, when Ray has given it up).
+        guests: how many more may join.
+    """
+
+    def __init__(
+        self, config: Config, workers: Sequence[Worker], make: Callable[[int], Any], guests: int = 0
+    ) -> None:
+        self._limits = config.rollout
+        self._wait_seconds = config.cluster.wait_seconds
+        self._make = make
+        self.workers = list(workers)
+        for index in range(len(workers), len(workers) + guests):
+            worker = Worker(index, make(index), guest=True)
+            self._ping(worker)
+            self.workers.append(worker)
+
+    @property
+    def live(self) -> list[Worker]:
+        """Workers that can be given groups."""
+        return [worker for worker in self.workers if worker.ping is None]
+
+    def waits(self) -> dict[Any, Worker]:
+        """References that something new will come with, and whose it is."""
+        waits = {stream: worker for worker in self.workers for stream in worker.streams}
+        waits |= {worker.ping: worker for worker in self.workers if worker.ping is not None}
+        return waits | {worker.beat: worker for worker in self.workers if worker.beat is not None}
+
+    def answered(self, worker: Worker, item: Any) -> bool:
+        """Take an answer that is not a stream's; whether it made a worker available.
+
+        Raises:
+            ClusterError: a worker that the run needs has not come back in time.
+            StatesetError: it cannot be built any more.
+        """
+        if item == worker.beat:
+            worker.beat = None  # that it died is told by its streams
+            return False
+        return item == worker.ping and self._pinged(worker)
+
+    def lost(self, worker: Worker, death: RayActorError) -> list[GroupJob]:
+        """A worker died: ask for it again; the groups that it had still to play."""
+        jobs = worker.clear()
+        if isinstance(death, ActorDiedError):
+            worker.actor = self._make(worker.index)
+        worker.since = time.monotonic()
+        self._ping(worker)
+        return jobs
+
+    def beat(self) -> None:
+        """Ask workers that hold groups whether they are alive, and kill those that did not answer in time."""
+        now, limit = time.monotonic(), self._limits.heartbeat_timeout
+        for worker in self.live:
+            if worker.beat is not None and now - worker.beaten > limit:
+                _log.warning(
+                    "rollout worker %d has not answered for %.0f s (rollout.heartbeat_timeout) and is "
+                    "restarted; it was playing %s", worker.index, limit,
+                    sorted(job for stream in worker.streams.values() for job in stream.jobs),
+                )  # fmt: skip
+                ray.kill(worker.actor, no_restart=False)
+                worker.beat, worker.beaten = None, now  # its streams will tell of its death
+            elif worker.beat is None and worker.load and now - worker.beaten > limit / _BEATS:
+                worker.beat, worker.beaten = worker.actor.ready.remote(), now
+
+    def await_any(self) -> None:
+        """Wait until a worker can be given groups.
+
+        Raises:
+            WaitTimeout: none could within `cluster.wait_seconds`.
+            StatesetError: see `answered`.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        while not self.live:
+            pings = {worker.ping: worker for worker in self.workers}
+            ready, _ = ray.wait(list(pings), num_returns=1, timeout=_POLL)
+            for item in ready:
+                self._pinged(pings[item])
+            if time.monotonic() > deadline:
+                raise WaitTimeout("the controller waited for any rollout worker to come back")
+
+    def _ping(self, worker: Worker) -> None:
+        ready = worker.actor.ready
+        if worker.guest:  # however long it takes: there may be no room for it yet
+            ready = ready.options(max_task_retries=-1)
+        worker.ping = ready.remote()
+
+    def _pinged(self, worker: Worker) -> bool:
+        """A worker answered its ping, or is still restarting, or is gone for good."""
+        try:
+            ray.get(worker.ping, timeout=self._wait_seconds)
+        except RayTaskError as error:
+            if not worker.guest:
+                raise cause_of(error) from None
+            _log.warning("rollout worker %d cannot join: %s", worker.index, cause_of(error))
+            ray.kill(worker.actor)
+            self.workers.remove(worker)
+            return False
+        except (RayActorError, GetTimeoutError) as error:
+            if not worker.guest and time.monotonic() - worker.since > self._wait_seconds:
+                raise ClusterError(
+                    f"rollout worker {worker.index} did not come back within {self._wait_seconds:.0f} s: "
+                    f"{error}",
+                    mend="look at its log; is there memory for its model?",
+                ) from error
+            if isinstance(error, ActorDiedError):
+                worker.actor = self._make(worker.index)
+            self._ping(worker)
+            return False
+        worker.ping = None
+        worker.beaten = time.monotonic()
+        return True
