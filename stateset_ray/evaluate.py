@@ -34,7 +34,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         rollout_pool(config, placement) as pool,
     ):
         result = evaluate_heldout(pool, environment, config, lambda: False)
-    said = [{"role": m.role, "content": m.content} for m in result.conversation.messages]
+    said = [{"role": m.role, "content": m.content} for m in result.conversation]
     return {**result.as_dict(), "rewards": result.rewards, "conversation": said}
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from ray.exceptions import ObjectLostError
+
+from stateset_ray.actors.flight import GroupHandle
 from stateset_ray.actors.jobs import GroupJob, GroupPayload
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment
 from stateset_ray.errors import RunError
-from stateset_ray.types import Trajectory, derive_seed
+from stateset_ray.types import Message, derive_seed
 
 __all__ = ["Evaluation", "evaluate_heldout"]
 
@@ -27,13 +30,13 @@ class Evaluation:
         reward: mean over the scorable conversations.
         rewards: task id -> reward, None where the conversation failed.
         stop_reasons: how often each occurred.
-        conversation: the first task's conversation, to be read.
+        conversation: the first task's, to be read; empty if all have died with their nodes.
     """
 
     reward: float
     rewards: dict[str, float | None]
     stop_reasons: dict[str, int]
-    conversation: Trajectory
+    conversation: tuple[Message, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types, without the conversation."""
@@ -70,10 +73,19 @@ def evaluate_heldout(
         raise RunError(
             "no held-out conversation could be scored", given=errors[:1], mend="mend the environment first"
         )
-    limit = config.cluster.wait_seconds
-    payload: GroupPayload = get(collected.groups[0].payload, timeout=limit, waiting_for="a conversation")
     return Evaluation(
         fmean(scored), rewards,
         dict(Counter(reason for report in reports for reason in report.stop_reasons)),
-        payload.group.trajectories[0],
+        _conversation(collected.groups, config.cluster.wait_seconds),
     )  # fmt: skip
+
+
+def _conversation(groups: Sequence[GroupHandle], limit: float) -> tuple[Message, ...]:
+    """The first conversation that did not die with its node."""
+    for handle in groups:
+        try:
+            payload: GroupPayload = get(handle.payload, timeout=limit, waiting_for="a conversation")
+        except ObjectLostError:
+            continue
+        return payload.group.trajectories[0].messages
+    return ()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from stateset_ray.actors.jobs import GroupPayload, SampleSize
 from stateset_ray.actors.placement import Placement
@@ -78,6 +79,7 @@ class LearnerRank:
         self._config = config
         self._rank = rank
         self._learner: Learner | None = None
+        self._secured: list[GroupPayload] = []
 
     def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
         return f"LearnerRank-{self._rank}"
@@ -122,6 +124,23 @@ class LearnerRank:
             for part in parts
         ]
         return self._ready().update(minibatches, step, loss, kl_coef)
+
+    def secure(self, payloads: Mapping[str, Any]) -> list[int]:
+        """Fetch groups to this rank's node, and hold them there until the next call.
+
+        Returns:
+            Indices of those that are gone with the node that played them.
+        """
+        limit = self._config.learner.timeout
+        refs, lost = payloads["refs"], []
+        ray.wait(refs, num_returns=len(refs), timeout=limit)  # all at the same time
+        self._secured = []
+        for index, ref in enumerate(refs):
+            try:
+                self._secured.append(get(ref, timeout=limit, waiting_for="the groups of this step"))
+            except ObjectLostError:
+                lost.append(index)
+        return lost
 
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference."""
@@ -241,6 +260,22 @@ class LearnerGroup:
             for rank, part in zip(self._ranks, parts, strict=True)
         ]
         return dict(self._all(calls, "an update")[0])
+
+    def secure(self, payloads: Sequence[Any]) -> list[int]:
+        """Fetch groups to rank 0's node, where they outlive those that played them until the next call.
+
+        Args:
+            payloads: references to `GroupPayload`.
+
+        Returns:
+            Indices of those that are lost already.
+
+        Raises:
+            LearnerLost: the rank died.
+        """
+        if not payloads:
+            return []
+        return list(self._all([self._ranks[0].secure.remote({"refs": list(payloads)})], "fetching groups")[0])
 
     def publish(self, version: int, lineage: int = 0) -> PublishedWeights:
         """Put the weights into the object store, under their version."""

@@ -6,14 +6,15 @@ holds its step no longer than `rollout.conversation_timeout`. With `train.oversa
 than it learns from and leaves the slowest to the next step, once: there they are waited for, so that slow
 tasks are learned from later, not less.
 
-Who waits for whom: `take` waits for the groups of its step; the groups of later steps are played meanwhile.
+Who waits for whom: `take` waits for the groups of its step, and then until the learner's node holds them, so
+that they outlive the nodes that played them; the groups of later steps are played meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from stateset_ray.actors.credit import informative
 from stateset_ray.actors.flight import Collected, Flight
@@ -61,12 +62,18 @@ class Lookahead:
         config: of the run.
         pool: plays the groups.
         tasks: deals them to steps.
+        secure: brings payloads of finished groups to where they are learned from; returns the indices of
+            those that were lost before.
     """
 
-    def __init__(self, config: Config, pool: RolloutPool, tasks: TaskStream) -> None:
+    def __init__(
+        self, config: Config, pool: RolloutPool, tasks: TaskStream,
+        secure: Callable[[Sequence[Any]], Sequence[int]],
+    ) -> None:  # fmt: skip
         self._config = config
         self._pool = pool
         self._tasks = tasks
+        self._secure = secure
         self._flights: dict[int, Flight] = {}
         self._admitted: dict[int, int] = {}
         self._due: dict[str, int] = {}  # the last step that may learn from a group, and has to wait for it
@@ -126,6 +133,9 @@ class Lookahead:
             if (missing := self._missing(step)) <= 0:
                 break
             self._start(step, missing, step, staleness)
+            self._pool.wait(flight, should_stop, admit, enough)
+        while lost := self._secure([group.payload for group in flight.groups]):
+            self._pool.replay(flight, [flight.groups[index] for index in lost], "payload_lost")
             self._pool.wait(flight, should_stop, admit, enough)
         self._leave_behind(step, staleness)
         for name in flight.order:

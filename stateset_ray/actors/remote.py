@@ -28,6 +28,7 @@ def get(refs: Any, *, timeout: float, waiting_for: str) -> Any:
         WaitTimeout: the limit passed.
         StatesetError: the remote side raised it.
         ClusterError: an actor died, or the remote side raised something else.
+        ObjectLostError: it lay on a node that died.
     """
     try:
         return ray.get(refs, timeout=timeout)

@@ -201,6 +201,18 @@ class RolloutPool:
             self._end(name)
         self._tend()
 
+    def replay(self, flight: Flight, lost: Sequence[GroupHandle], reason: str) -> None:
+        """Play groups once more that had ended; those that have no retry left are given up."""
+        for handle in lost:
+            job = handle.report.job.again()
+            flight.groups.remove(handle)
+            flight.counts.aborted[reason] += job.size
+            if job.attempt <= self._config.rollout.retries:
+                flight.unfinished.add(job.id)
+                self._flights[job.id] = flight
+                self._held.append(job)
+        self._tend()
+
     def abandon(self) -> None:
         """Give up everything that is under way, in every flight."""
         for worker in self._roster.workers:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from stateset_ray.actors.jobs import GroupJob
 from stateset_ray.actors.remote import cause_of
@@ -113,8 +113,7 @@ class Roster:
         """Take an answer that is not a stream's; whether it made a worker available.
 
         Raises:
-            ClusterError: a worker that the run needs has not come back in time.
-            StatesetError: it cannot be built any more.
+            StatesetError: a worker that the run needs cannot be built any more.
         """
         if item == worker.beat:
             worker.beat = None  # that it died is told by its streams
@@ -131,10 +130,24 @@ class Roster:
         return jobs
 
     def beat(self) -> None:
-        """Ask workers that hold groups whether they are alive, and kill those that did not answer in time."""
+        """Ask workers that hold groups whether they are alive, and kill those that did not answer in time.
+
+        Raises:
+            ClusterError: a worker that the run needs has not come back within `cluster.wait_seconds`.
+        """
         now, limit = time.monotonic(), self._limits.heartbeat_timeout
-        for worker in self.live:
-            if worker.beat is not None and now - worker.beaten > limit:
+        for worker in self.workers:
+            if worker.ping is not None:
+                late = not worker.guest and now - worker.since > self._wait_seconds
+                if late and not _there(worker.ping):
+                    raise ClusterError(
+                        f"rollout worker {worker.index} did not come back within {self._wait_seconds:.0f} s",
+                        mend="look at its log: is there room for it, and memory for its model?",
+                    )
+            elif worker.beat is None:
+                if worker.load and now - worker.beaten > limit / _BEATS:
+                    worker.beat, worker.beaten = worker.actor.ready.remote(), now
+            elif now - worker.beaten > limit and not _there(worker.beat):
                 _log.warning(
                     "rollout worker %d has not answered for %.0f s (rollout.heartbeat_timeout) and is "
                     "restarted; it was playing %s", worker.index, limit,
@@ -142,8 +155,6 @@ class Roster:
                 )  # fmt: skip
                 ray.kill(worker.actor, no_restart=False)
                 worker.beat, worker.beaten = None, now  # its streams will tell of its death
-            elif worker.beat is None and worker.load and now - worker.beaten > limit / _BEATS:
-                worker.beat, worker.beaten = worker.actor.ready.remote(), now
 
     def await_any(self) -> None:
         """Wait until a worker can be given groups.
@@ -162,10 +173,8 @@ class Roster:
                 raise WaitTimeout("the controller waited for any rollout worker to come back")
 
     def _ping(self, worker: Worker) -> None:
-        ready = worker.actor.ready
-        if worker.guest:  # however long it takes: there may be no room for it yet
-            ready = ready.options(max_task_retries=-1)
-        worker.ping = ready.remote()
+        # Asked again after each restart, until there is room for it: a question has no effects.
+        worker.ping = worker.actor.ready.options(max_task_retries=-1).remote()
 
     def _pinged(self, worker: Worker) -> bool:
         """A worker answered its ping, or is still restarting, or is gone for good."""
@@ -178,13 +187,7 @@ class Roster:
             ray.kill(worker.actor)
             self.workers.remove(worker)
             return False
-        except (RayActorError, GetTimeoutError) as error:
-            if not worker.guest and time.monotonic() - worker.since > self._wait_seconds:
-                raise ClusterError(
-                    f"rollout worker {worker.index} did not come back within {self._wait_seconds:.0f} s: "
-                    f"{error}",
-                    mend="look at its log; is there memory for its model?",
-                ) from error
+        except RayActorError as error:
             if isinstance(error, ActorDiedError):
                 worker.actor = self._make(worker.index)
             self._ping(worker)
@@ -192,3 +195,8 @@ class Roster:
         worker.ping = None
         worker.beaten = time.monotonic()
         return True
+
+
+def _there(answer: Any) -> bool:
+    """Whether an answer has come; the controller may have been busy with something else since."""
+    return bool(ray.wait([answer], timeout=0)[0])

@@ -75,7 +75,7 @@ class Run:
         self._between = True  # False while the weights may be those of a step that is not counted yet
         self._empty = 0
         self._tasks = TaskStream(config, environment)
-        self._ahead = Lookahead(config, pool, self._tasks)
+        self._ahead = Lookahead(config, pool, self._tasks, learners.secure)
 
     # -- the loop's view ---------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class Run:
     def _note_evaluation(self, name: str, result: Evaluation, seconds: float) -> None:
         self.results[f"heldout_{name}"] = result.reward
         self.results.setdefault("conversations", {})[name] = [
-            {"role": m.role, "content": m.content} for m in result.conversation.messages
+            {"role": m.role, "content": m.content} for m in result.conversation
         ]
         self.emit("evaluation", name=name, seconds=seconds, **result.as_dict())
 

@@ -133,7 +133,7 @@ def test_bug_27_every_task_is_learned_from_once_and_what_was_outrun_in_the_next_
         f"train.max_staleness={staleness}",
     ])  # fmt: skip
     pool = _Played(seconds)
-    ahead = Lookahead(config, pool, TaskStream(config, Echo()))  # type: ignore[arg-type]
+    ahead = Lookahead(config, pool, TaskStream(config, Echo()), lambda _: ())  # type: ignore[arg-type]
     learned: list[str] = []
     waited: set[str] = set()
     for pool.step in range(8):
@@ -158,7 +158,7 @@ def test_a_straggler_holds_only_one_of_two_steps() -> None:
     for oversample in (0, 1):
         config = load_config(None, [*settings, f"train.oversample={oversample}"])
         pool = _Played([9, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-        ahead = Lookahead(config, pool, TaskStream(config, Echo()))  # type: ignore[arg-type]
+        ahead = Lookahead(config, pool, TaskStream(config, Echo()), lambda _: ())  # type: ignore[arg-type]
         for pool.step in range(4):
             ahead.take(pool.step, 0, lambda: False)
             ahead.finish(pool.step)
