@@ -149,6 +149,8 @@ class RolloutPool:
             raise ClusterError("no rollout worker is left", mend="look at the workers' logs")
         # Not fetched: the first half of what a stream gives is a payload, which stays where it is.
         ready, _ = ray.wait(list(waits), num_returns=1, timeout=seconds, fetch_local=False)
+        if ready:  # a look at all of them costs as much as a look at one: take everything that is there
+            ready, _ = ray.wait(list(waits), num_returns=len(waits), timeout=0, fetch_local=False)
         came = False
         for item in ready:
             worker = waits[item]
