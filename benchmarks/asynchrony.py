@@ -90,7 +90,8 @@ def play(side: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
                 f"rollout.workers={options.workers}", "rollout.max_turns=2", "rollout.max_turn_tokens=4",
                 "rollout.max_context=128", "rollout.on_cut_reply=close",
                 f"rollout.concurrency={options.concurrency}", f"grpo.group_size={options.group_size}",
-                "grpo.advantage=mean_std", "learner.engine=torch", "learner.learning_rate=3e-3",
+                "grpo.advantage=mean_std", "learner.engine=torch",
+                f"learner.learning_rate={options.learning_rate}",
                 f"train.steps={options.steps}", f"train.tasks_per_step={options.tasks}",
                 "train.checkpoint_every=100000", "evaluate.tasks=0", f"train.max_staleness={staleness}",
                 *correction,
@@ -149,6 +150,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=128, help="conversations of a worker at once")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--median", type=float, default=0.05, help="seconds of latency")
     parser.add_argument("--tail", type=float, default=20.0, help="p99 of the latency by its median")
     parser.add_argument("--output", type=Path, help="write the JSON here as well")

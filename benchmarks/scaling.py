@@ -14,10 +14,11 @@ late, without computing), played by its own expert, so that nothing but this pro
 | `predicted`  | what the simulation says for the same workers; `error`: by how much it is off      |
 
 The simulation takes what was recorded: how long each group took, how long the controller computes for each
-report, and how long `ray.wait` takes by the number of calls it looks at. It plays workers that begin their next
-group when one ends, and one controller that takes reports one after the other, all that are there at a time.
-It assumes what it cannot know: that workers do not slow each other down (a core each, environments that scale),
-that engines keep up, and the network, too. So it finds where this project's controller is the first to be slow.
+report, and how long `ray.wait` takes by the number of calls it looks at. It plays workers that begin their
+next group when one ends, and one controller that takes reports one after the other, all that are there at a
+time. It assumes what it cannot know: that workers do not slow each other down (a core each, environments
+that scale), that engines keep up, and the network, too. So it finds where this project's controller is the
+first to be slow.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def simulate(workers: int, places: int, rounds: int, recorded: Recorded, seed: i
         places: groups that a worker plays at once.
 
     Returns:
-        `groups_per_second`; `controller`, the share of the time in which it computes; `lag`, the 99th percentile
-        of the seconds from the end of a group to that of its report.
+        `groups_per_second`; `controller`, the share of the time in which it computes; `lag`, the 99th
+        percentile of the seconds from the end of a group to that of its report.
 
     Example:
         >>> fast = Recorded([1.0], 0.0, 0.0)

@@ -19,7 +19,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 def test_sides_learn_from_as_many_and_lag_as_far_as_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where Ray's workers find the benchmarks
     options = argparse.Namespace(
-        steps=5, tasks=2, group_size=4, workers=1, concurrency=32, median=0.01, tail=20.0
+        steps=5,
+        tasks=2,
+        group_size=4,
+        workers=1,
+        concurrency=32,
+        median=0.01,
+        tail=20.0,
+        learning_rate=3e-3,
     )
     runs = {side: [play(side, 0, options)] for side in ("0", "1", "1-plain")}
     assert all(len(run["rewards"]) == 5 for [run] in runs.values())

@@ -1,4 +1,4 @@
-"""The schedule of faults, in short: parts of a run die, hang and lie, and every trajectory is accounted for."""
+"""The schedule of faults, in short: parts of a run die, hang and lie, and every trajectory is booked."""
 
 import json
 import subprocess
