@@ -13,7 +13,7 @@ that the seed decides.
 | `worker`  | SIGKILL to a rollout worker                                                              |
 | `engine`  | SIGKILL to an inference engine                                                           |
 | `learner` | SIGKILL to the learner rank                                                              |
-| `node`    | SIGKILL to the raylet of the second node; once Ray has noticed, another one joins        |
+| `node`    | SIGKILL to the raylet of the second node, where another one has just joined              |
 | `stop`    | SIGSTOP to a rollout worker, for ever                                                    |
 | `slow`    | a rollout worker that runs a tenth of the time until the step ends (SIGSTOP and SIGCONT) |
 | `raise`   | an environment whose every reply raises                                                  |
@@ -93,22 +93,19 @@ def main() -> None:
 
 
 class _Nodes:
-    """The second of two local nodes, and how to replace it."""
+    """The second of two local nodes, and how to lose it."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._second = self._join()
 
-    def kill_second(self) -> None:
-        """End its raylet; once Ray has noticed, another node joins."""
-        node = self._second
-        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-        while any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()):
-            time.sleep(0.2)  # Ray tells nobody
-        self._second = self._join()
+    def replace_second(self) -> Callable[[], None]:
+        """Let another node join now; what ends the raylet of the second."""
+        old, self._second = self._second, self._join()
+        return lambda: os.kill(old.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
     def _join(self) -> Any:
-        return self._cluster.add_node(num_cpus=4)
+        return self._cluster.add_node(num_cpus=4)  # in the main thread only: Ray installs a signal handler
 
 
 @contextmanager
@@ -213,7 +210,8 @@ def _fault(name: str, run: Run, nodes: _Nodes) -> Callable[[threading.Event], No
         case "slow":
             return lambda ended: _slow_down(pids["worker"][0], ended)
         case "node":
-            return lambda _: nodes.kill_second()
+            kill = nodes.replace_second()
+            return lambda _: kill()
     return lambda _: None
 
 
