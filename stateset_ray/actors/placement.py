@@ -17,7 +17,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from stateset_ray.config import Config
@@ -109,10 +114,17 @@ def cluster(config: Config) -> Iterator[None]:
 
 
 class Placement:
-    """Granted room: where each learner rank and rollout worker may be created."""
+    """Granted room: where each learner rank, engine and rollout worker may be created.
 
-    def __init__(self, config: Config, group: PlacementGroup) -> None:
+    Args:
+        config: of the run.
+        group: has the bundles of `bundles`.
+        first: index of the first of them in the group.
+    """
+
+    def __init__(self, config: Config, group: PlacementGroup, first: int = 0) -> None:
         self._config = config
+        self._first = first
         self.group = group
 
     def learner(self, rank: int) -> dict[str, Any]:
@@ -137,7 +149,7 @@ class Placement:
 
     def _options(self, bundle: int, cpus: float, gpus: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self.group, placement_group_bundle_index=bundle,
+            placement_group=self.group, placement_group_bundle_index=self._first + bundle,
             placement_group_capture_child_tasks=True,
         )  # fmt: skip
         return {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
@@ -147,12 +159,17 @@ class Placement:
 def place(config: Config, *, learners: bool = True) -> Iterator[Placement]:
     """Reserve room for the whole run, all or nothing, and give it back.
 
+    Where this process has been placed in a group itself (a trial of Ray Tune), that group's room is used.
+
     Args:
         learners: False for rollouts alone, as in an evaluation.
 
     Raises:
         ClusterError: not granted within `cluster.wait_seconds`; the message says what is missing.
     """
+    if own := get_current_placement_group():
+        yield Placement(config, own, _first_bundle(own, bundles(config, learners=learners)))
+        return
     group = placement_group(bundles(config, learners=learners), strategy=config.cluster.strategy)
     wanted = _totals(config, learners=learners)
     deadline = time.monotonic() + config.cluster.wait_seconds
@@ -170,6 +187,18 @@ def place(config: Config, *, learners: bool = True) -> Iterator[Placement]:
         yield Placement(config, group)
     finally:
         remove_placement_group(group)
+
+
+def _first_bundle(group: PlacementGroup, wanted: list[dict[str, float]]) -> int:
+    """Where the wanted bundles begin in a group: they are its last ones."""
+    first = len(group.bundle_specs) - len(wanted)
+    if first < 0 or group.bundle_specs[first:] != wanted:
+        raise ClusterError(
+            "this process was placed in a group whose last bundles are not those of the run",
+            given=group.bundle_specs,
+            mend=f"ask for {wanted} behind the bundle of this process (actors.placement.bundles)",
+        )
+    return first
 
 
 def _missing(config: Config, wanted: Counter[str]) -> str:
