@@ -25,7 +25,7 @@ that the seed decides.
 | `seconds`     | from the fault to the end of the step that it hit, whatever had to be done again      |
 | `usual`       | seconds of a step without faults, median                                             |
 | `steps_again` | steps that had to be taken again                                                     |
-| `aborted`, `dropped` | trajectories of that step that were played in vain, or excluded, by reason    |
+| `aborted`, `dropped` | trajectories played in vain, or excluded, in those steps, by reason           |
 | `unaccounted` | dispatched trajectories that ended nowhere, in the whole run                         |
 | `duplicated`  | groups that came twice, in the whole run                                             |
 | `missing`     | groups that never came, in the whole run                                             |
@@ -168,8 +168,7 @@ def _play(seed: int, faults: Sequence[str], options: argparse.Namespace, nodes: 
                 "step": step,
                 "seconds": round(ended[step] - hit[step], 2),
                 "steps_again": again[step],
-                "aborted": records[step]["trajectories"]["aborted"],
-                "dropped": records[step]["trajectories"]["dropped"],
+                **_lost(records[min(step, step - again[step] + 1) : step + 1]),
             }
             for step, fault in schedule.items()
         },
@@ -241,6 +240,14 @@ def _under(fault: Callable[[threading.Event], None], moment: float) -> Iterator[
     finally:
         ended.set()
         thread.join()
+
+
+def _lost(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """What was aborted and dropped in these steps, by reason."""
+    return {
+        how: dict(sum((Counter(record["trajectories"][how]) for record in records), Counter()))
+        for how in ("aborted", "dropped")
+    }
 
 
 def _unaccounted(counts: Mapping[str, Any]) -> int:
