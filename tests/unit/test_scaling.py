@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.scaling import Recorded, simulate  # noqa: E402
+from benchmarks.scaling import Recorded, simulate
 
 
 @given(workers=st.integers(1, 40), places=st.integers(1, 4), rounds=st.integers(2, 6))
