@@ -1,0 +1,77 @@
+"""Who plays what next, decided without Ray: workers are lists of the groups they were given."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from stateset_ray.actors.flight import Flight
+from stateset_ray.actors.jobs import GroupJob
+from stateset_ray.actors.rollout_pool import RolloutPool, _Worker
+from stateset_ray.config import load_config
+from stateset_ray.types import Task
+
+
+class Actor:
+    """Takes every call and never answers."""
+
+    def __init__(self) -> None:
+        self.played: list[str] = []
+        self.play = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._play))
+        self.ready = SimpleNamespace(remote=object)
+
+    def _play(self, version: int, weights: Any, jobs: list[GroupJob]) -> object:
+        self.played += [job.id for job in jobs]
+        return object()
+
+
+@pytest.fixture
+def pool() -> RolloutPool:
+    workers = [_Worker(index, Actor()) for index in range(2)]
+    return RolloutPool(load_config(), workers, lambda index: Actor())
+
+
+def jobs(*names: str) -> list[GroupJob]:
+    return [GroupJob(name, Task(name, 0), 0, 4, 1.0) for name in names]
+
+
+def played(pool: RolloutPool) -> list[list[str]]:
+    return [worker.actor.played for worker in pool._workers]
+
+
+def dies(pool: RolloutPool, index: int) -> None:
+    pool._lost(pool._workers[index], RayActorError())
+    pool._tend()
+
+
+def comes_back(pool: RolloutPool, index: int) -> None:
+    pool._workers[index].ping = None
+    pool._tend()
+
+
+def test_a_worker_kept_free_for_a_suspect_plays_nothing_new_until_then(pool: RolloutPool) -> None:
+    pool.dispatch(Flight(), jobs("a", "b"))
+    dies(pool, 0)
+    pool.dispatch(Flight(), jobs("c"))
+    assert played(pool) == [["a"], ["b"]]
+    pool._workers[1].streams.clear()  # `b` ended
+    pool._tend()
+    assert played(pool) == [["a"], ["b", "a"]]  # the suspect, and nothing beside it
+
+
+def test_a_worker_kept_free_for_a_suspect_that_another_took_comes_back(pool: RolloutPool) -> None:
+    pool.dispatch(Flight(), jobs("a", "b"))
+    dies(pool, 0)
+    comes_back(pool, 0)  # idle, so that it takes the suspect at once; worker 1 still plays `b`
+    assert played(pool) == [["a", "a"], ["b"]]
+    pool.dispatch(Flight(), jobs("c", "d"))
+    assert played(pool) == [["a", "a"], ["b", "c", "d"]]
+
+
+def test_a_worker_kept_free_for_a_suspect_that_was_given_up_comes_back(pool: RolloutPool) -> None:
+    pool.dispatch(Flight(), jobs("a", "b"))
+    dies(pool, 0)
+    pool._suspects.clear()
+    pool.dispatch(Flight(), jobs("c"))
+    assert played(pool) == [["a"], ["b", "c"]]
