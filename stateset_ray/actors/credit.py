@@ -82,7 +82,11 @@ def policy_batch(collected: Collected, config: Config) -> Batch:
     With a KL to the reference or an entropy bonus every scorable trajectory has a gradient; without, those
     of advantage 0 are filtered. Where groups were replaced (`grpo.refills`), the step keeps
     `train.tasks_per_step` of them, those that teach something first.
+
+    Raises:
+        RunError: a conversation's loss mask is not what was sampled in it, or the account does not balance.
     """
+    _check_masks(collected.groups)
     objective = config.grpo
     chosen, left = _chosen(collected.groups, config)
     rewards = [_shaped(handle.report, config) for handle in chosen]
@@ -112,7 +116,12 @@ def policy_batch(collected: Collected, config: Config) -> Batch:
 
 
 def supervised_batch(collected: Collected) -> Batch:
-    """Warm start: every dialogue that the expert finished counts alike."""
+    """Warm start: every dialogue that the expert finished counts alike.
+
+    Raises:
+        RunError: see `policy_batch`.
+    """
+    _check_masks(collected.groups)
     samples, masked = [], 0
     for index, handle in enumerate(collected.groups):
         report = handle.report
@@ -198,9 +207,7 @@ def _update(
     tokens = trajectories = 0
     for index, (handle, credit) in enumerate(zip(handles, credits, strict=True)):
         report = handle.report
-        masked = [0] * len(credit)
-        for size in report.sizes:
-            masked[size.trajectory] += size.masked
+        masked = _masked(report)
         scored = [i for i, value in enumerate(credit) if value is not None and masked[i]]
         tokens += sum(masked[i] for i in scored)
         trajectories += len(scored)
@@ -237,6 +244,30 @@ def _facts(collected: Collected, advantages: Sequence[tuple[float, ...]], config
 def _rows(report: GroupReport) -> Iterator[float]:
     for index in range(len(report.rewards)):
         yield float(sum(size.trajectory == index for size in report.sizes))
+
+
+def _masked(report: GroupReport) -> list[int]:
+    """Tokens that are learned from, per trajectory, in all of its samples together."""
+    masked = [0] * len(report.sampled)
+    for size in report.sizes:
+        masked[size.trajectory] += size.masked
+    return masked
+
+
+def _check_masks(groups: Sequence[GroupHandle]) -> None:
+    """Every sampled token is learned from once: a mask that is all zero would be a run that only seems to learn.
+
+    Raises:
+        RunError: the masks of a conversation hold more or fewer tokens than the policy sampled in it.
+    """
+    for report in (handle.report for handle in groups):
+        for index, (masked, sampled) in enumerate(zip(_masked(report), report.sampled, strict=True)):
+            if masked != sampled:
+                raise RunError(
+                    f"the policy sampled {sampled} tokens in a conversation, and its loss mask holds {masked}",
+                    given=f"{report.job.id}, conversation {index}, {report.stop_reasons[index]}",
+                    mend="this is a bug of stateset_ray: please report it with the run folder",
+                )
 
 
 def _check(counts: Counts) -> None:

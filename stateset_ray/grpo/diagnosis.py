@@ -75,6 +75,16 @@ def _of_rewards(record: Mapping[str, Any], config: Config) -> Iterator[Problem]:
 def _of_rollouts(record: Mapping[str, Any], config: Config) -> Iterator[Problem]:
     reasons = record["stop_reasons"]
     total = max(1, sum(reasons.values()))
+    failed = sum(n for r, n in reasons.items() if r.endswith("_error") or r == "timeout")
+    if record["tokens_per_trajectory"]["mean"] == 0 and failed < sum(reasons.values()):
+        yield Problem(
+            "nothing_sampled",
+            f"the policy sampled not one token in {total} conversations, so that every loss mask is all zero: "
+            f"they ended as {', '.join(map(repr, reasons))}",
+            "where it is 'context', the opening leaves no room in rollout.max_context; where it is "
+            "'sampled_tokens', raise rollout.max_sampled_tokens",
+            fatal=record["step"] == 0,  # nothing was ever learned; later it may be these tasks
+        )
     if record.get("truncated_share", 0) > 0.9:
         most = max(reasons, key=lambda name: reasons[name])
         yield Problem(
@@ -83,7 +93,6 @@ def _of_rollouts(record: Mapping[str, Any], config: Config) -> Iterator[Problem]
             "policy is graded on what it could not finish",
             "raise that limit of [rollout], or teach the policy to stop (warm start, grpo.overlong_share)",
         )
-    failed = sum(n for r, n in reasons.items() if r.endswith("_error") or r == "timeout")
     if failed / total > 0.5:
         yield Problem(
             "most_failed",

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
-from stateset_ray.actors.credit import informative, longest_conversation, policy_batch, supervised_batch
+from stateset_ray.actors.credit import (
+    Batch,
+    informative,
+    longest_conversation,
+    policy_batch,
+    supervised_batch,
+)
 from stateset_ray.actors.flight import Collected, GroupHandle
 from stateset_ray.actors.jobs import Counts, GroupJob, GroupReport, SampleSize, report_on
 from stateset_ray.actors.learner_group import UpdateBatch
 from stateset_ray.config import Config, load_config
+from stateset_ray.errors import RunError
 from stateset_ray.types import Message, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 
@@ -247,3 +255,17 @@ def test_the_warm_start_weighs_every_dialogue_token_alike() -> None:
     assert update.denominator == 8
     assert batch.counts.dropped == {"environment_error": 1}
     assert math.isclose(sum(sample.weight for sample in update.samples), 3)
+
+
+@pytest.mark.parametrize("batch", [lambda c: policy_batch(c, config()), supervised_batch], ids=["policy", "warm"])
+@pytest.mark.parametrize(("masked", "says"), [(0, "holds 0"), (1, "holds 1"), (3, "holds 3")])
+def test_bug_30_a_mask_that_is_not_what_was_sampled_stops_the_run(
+    batch: Callable[[Collected], Batch], masked: int, says: str
+) -> None:
+    report = played([1.0, 0.0])
+    assert [size.masked for size in report.sizes] == [2, 2]
+    first, second = report.sizes
+    wrong = replace(report, sizes=(first, replace(second, masked=masked)))
+    with pytest.raises(RunError, match=f"sampled 2 tokens in a conversation, and its loss mask {says}"):
+        batch(collected(wrong))
+    assert batch(collected(report)).updates

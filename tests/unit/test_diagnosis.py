@@ -8,6 +8,8 @@ from stateset_ray.config import load_config
 from stateset_ray.grpo.diagnosis import diagnose
 
 HEALTHY: dict[str, Any] = {
+    "step": 0,
+    "tokens_per_trajectory": {"mean": 40.0},
     "reward_mean": 0.3,
     "reward_std": 0.4,
     "equal_reward_share": 0.25,
@@ -59,6 +61,19 @@ def test_a_learner_that_scores_something_else_than_was_sampled_is_fatal() -> Non
     [problem] = diagnose({**HEALTHY, "update": update}, load_config())
     assert problem.fatal
     assert "tokenization" in problem.text
+
+
+def test_bug_30_a_first_step_in_which_nothing_was_sampled_is_fatal() -> None:
+    nothing = {"tokens_per_trajectory": {"mean": 0.0}, "stop_reasons": {"context": 32}}
+    [problem] = diagnose({**HEALTHY, **nothing}, load_config())
+    assert (problem.name, problem.fatal) == ("nothing_sampled", True)
+    assert "every loss mask is all zero" in problem.text
+    assert "rollout.max_context" in problem.mend
+    [later] = diagnose({**HEALTHY, **nothing, "step": 7}, load_config())
+    assert not later.fatal
+    # Conversations that failed sampled nothing for another reason, which has a name of its own.
+    failed = nothing | {"stop_reasons": {"environment_error": 32}}
+    assert names(**failed) == ["most_failed"]
 
 
 def test_later_minibatches_are_off_policy_by_design() -> None:
