@@ -276,9 +276,12 @@ def _matrix(options: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
         (engine, budget, checkpointing, {})
         for engine, budget, checkpointing in itertools.product(engines, budgets, (False, True))
     ]
-    more: list[dict[str, str]] = [{"learner.logit_chunk": "1024"}, {"learner.lora.rank": "16"}]
-    rows += [(engines[0], options.budget, True, extra) for extra in more]
-    rows += [(engines[-1], options.budget, False, {"learner.lora.rank": "16"})]
+    rows += [(engines[0], options.budget, True, {"learner.logit_chunk": "1024"})]
+    rows += [
+        (engine, options.budget, checkpointing, {"learner.lora.rank": "16"})
+        for engine in dict.fromkeys((engines[0], engines[-1]))
+        for checkpointing in (False, True)
+    ]
     named = []
     for engine, budget, checkpointing, extra in rows:
         shape = Shape(1, 1, options.tokens, options.prompt_share)

@@ -255,7 +255,7 @@ def _masked(report: GroupReport) -> list[int]:
 
 
 def _check_masks(groups: Sequence[GroupHandle]) -> None:
-    """Every sampled token is learned from once: a mask that is all zero would be a run that only seems to learn.
+    """Every sampled token is learned from once; a mask that is all zero would only seem to teach.
 
     Raises:
         RunError: the masks of a conversation hold more or fewer tokens than the policy sampled in it.
@@ -264,7 +264,7 @@ def _check_masks(groups: Sequence[GroupHandle]) -> None:
         for index, (masked, sampled) in enumerate(zip(_masked(report), report.sampled, strict=True)):
             if masked != sampled:
                 raise RunError(
-                    f"the policy sampled {sampled} tokens in a conversation, and its loss mask holds {masked}",
+                    f"the policy sampled {sampled} tokens in a conversation, its loss mask holds {masked}",
                     given=f"{report.job.id}, conversation {index}, {report.stop_reasons[index]}",
                     mend="this is a bug of stateset_ray: please report it with the run folder",
                 )

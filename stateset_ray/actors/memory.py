@@ -35,9 +35,8 @@ _HOLES = 0.5
 """Of activations and gradients, what else the heap of a process takes for them (fitted, glibc 2.36).
 
 The likely reason: tensors are asked for aligned, and glibc does not put an aligned piece into the hole that
-one of the same size has left; gradients, which stay, settle among the holes of activations. With every
-tensor mapped apart (`MALLOC_MMAP_THRESHOLD_=1048576`) nothing freed is kept, but an update takes a sixth more
-processor time.
+one of the same size has left; gradients, which stay, settle among them. With every tensor mapped apart
+(`MALLOC_MMAP_THRESHOLD_=1048576`) nothing freed is kept, but an update takes a sixth more processor time.
 """
 _LOGIT_COPIES = 3
 """Of a chunk's logits in float32, backwards: log-softmax, its gradient, the gradient of the logits."""
@@ -156,7 +155,7 @@ def learner_memory(config: Config, *, ray: bool = True) -> RankMemory:
     parts["gradients"] = gradients if early else max(0, gradients - kept)
     # With checkpointing, too, the activations of all blocks pass through the heap, one block after the other.
     through = model.layers * _block(config, model, tokens)
-    holes = int(_HOLES * (through + gradients)) * early + _passing(model, tokens)
+    holes = int(_HOLES * (through + gradients)) * early + _passing(config, model, tokens)
     parts |= {"activations": kept, "holes": holes}
     parts["gradient copies" if copied > working else "logits and work"] = max(copied, working)
     if ray:  # what a process has written into the object store counts as its own
@@ -286,15 +285,23 @@ def _block(config: Config, model: _Shape, tokens: int) -> int:
     return block
 
 
-def _passing(model: _Shape, tokens: int) -> int:
+def _passing(config: Config, model: _Shape, tokens: int) -> int:
     """Bytes that pass between the activations of blocks with adapters, and leave holes there.
 
-    Of each adapted layer, what the layer gives and what its adapter adds, of which the sum is kept.
+    An adapted layer makes four tensors of its output's size: what the layer gives, what its adapter adds, the
+    same scaled, and their sum, which alone is kept. All engines allocate and free the same here, to the byte;
+    of how many there are holes when the peak comes is fitted, as `_HOLES` is:
+
+        2   with checkpointing: the adapter's two lie side by side, and become one hole when both are free
+        3   without: activations that stay come to lie between them
+        4   without, under ZeRO 3: around every module its hooks leave autograd nodes until the backward
+            pass, small pieces that settle in the holes, also in those of norms and rotations
     """
-    if not model.rank:
-        return 0
+    learner = config.learner
+    hooks = learner.engine == "deepspeed" and learner.zero_stage == 3
+    left = 0 if not model.rank else 2 if learner.gradient_checkpointing else 3 + hooks
     outputs = 2 * model.hidden + model.queries + 2 * model.keys + 2 * model.inner
-    return 2 * model.layers * tokens * outputs * model.item
+    return left * model.layers * tokens * outputs * model.item
 
 
 def _working(config: Config, model: _Shape, tokens: int) -> int:

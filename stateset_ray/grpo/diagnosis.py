@@ -79,8 +79,8 @@ def _of_rollouts(record: Mapping[str, Any], config: Config) -> Iterator[Problem]
     if record["tokens_per_trajectory"]["mean"] == 0 and failed < sum(reasons.values()):
         yield Problem(
             "nothing_sampled",
-            f"the policy sampled not one token in {total} conversations, so that every loss mask is all zero: "
-            f"they ended as {', '.join(map(repr, reasons))}",
+            f"the policy sampled not one token in {total} conversations, so that every loss mask is all "
+            f"zero; they ended as {', '.join(map(repr, reasons))}",
             "where it is 'context', the opening leaves no room in rollout.max_context; where it is "
             "'sampled_tokens', raise rollout.max_sampled_tokens",
             fatal=record["step"] == 0,  # nothing was ever learned; later it may be these tasks

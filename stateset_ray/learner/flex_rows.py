@@ -68,8 +68,8 @@ class FlexRows:
 def _blocks(segments: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Which blocks of [queries, keys] hold something, and which hold everything: bool [Q, K], disjoint.
 
-    Counted from the stretches: `flex.create_block_mask` would evaluate the mask for all pairs of tokens first,
-    N * N bytes and several copies of them. Here a row of blocks at a time exists, N numbers.
+    Counted from the stretches: `flex.create_block_mask` would evaluate the mask for all pairs of tokens
+    first, N * N bytes and several copies of them. Here a row of blocks at a time exists, N numbers.
     """
     lengths = np.array([length for length, _ in segments])
     starts = np.cumsum(lengths) - lengths
@@ -93,7 +93,7 @@ def _blocks(segments: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_],
 
 
 def _listed(blocks: npt.NDArray[np.bool_], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks each row has, and their columns, those first that count: int32 [1, 1, Q], [1, 1, Q, K]."""
+    """How many blocks each row has, int32 [1, 1, Q], and which, before all others: int32 [1, 1, Q, K]."""
     columns = np.argsort(~blocks, axis=1, kind="stable")
     numbers = (torch.from_numpy(a.astype(np.int32)) for a in (blocks.sum(1), columns))
     count, index = (n[None, None].to(device) for n in numbers)

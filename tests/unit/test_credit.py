@@ -257,7 +257,9 @@ def test_the_warm_start_weighs_every_dialogue_token_alike() -> None:
     assert math.isclose(sum(sample.weight for sample in update.samples), 3)
 
 
-@pytest.mark.parametrize("batch", [lambda c: policy_batch(c, config()), supervised_batch], ids=["policy", "warm"])
+@pytest.mark.parametrize(
+    "batch", [lambda c: policy_batch(c, config()), supervised_batch], ids=["policy", "warm"]
+)
 @pytest.mark.parametrize(("masked", "says"), [(0, "holds 0"), (1, "holds 1"), (3, "holds 3")])
 def test_bug_30_a_mask_that_is_not_what_was_sampled_stops_the_run(
     batch: Callable[[Collected], Batch], masked: int, says: str
@@ -266,6 +268,6 @@ def test_bug_30_a_mask_that_is_not_what_was_sampled_stops_the_run(
     assert [size.masked for size in report.sizes] == [2, 2]
     first, second = report.sizes
     wrong = replace(report, sizes=(first, replace(second, masked=masked)))
-    with pytest.raises(RunError, match=f"sampled 2 tokens in a conversation, and its loss mask {says}"):
+    with pytest.raises(RunError, match=f"sampled 2 tokens in a conversation, its loss mask {says}"):
         batch(collected(wrong))
     assert batch(collected(report)).updates

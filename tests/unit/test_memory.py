@@ -140,6 +140,25 @@ def test_a_process_keeps_what_it_freed_and_a_gpu_uses_it_again() -> None:
     assert "logits and work" not in found
 
 
+def test_what_adapters_add_passes_and_leaves_holes() -> None:
+    def outputs(*overrides: str) -> float:
+        """Of all adapted layers, in how many of their outputs' sizes there are holes."""
+        found = parts("learner.lora.rank=4", "learner.share_prefix=false", *overrides)
+        # The activations of all blocks pass, with checkpointing as without.
+        rest = (_activations(plain, model, 128) + found["gradients"]) // 2
+        return float((found["holes"] - rest) / (model.layers * 128 * width * 4))
+
+    plain = config("learner.lora.rank=4", "learner.share_prefix=false")
+    model, policy = _Shape(plain), PolicyModel(load_model("tiny", CPU), plain.learner)
+    width = sum(
+        m.out_features for n, m in policy.backbone.layers[0].named_modules() if n.endswith("base_layer")
+    )
+    assert outputs("learner.gradient_checkpointing=true") == 2
+    assert outputs() == outputs("learner.engine=deepspeed", "learner.zero_stage=1") == 3
+    # ZeRO 3's hooks leave small pieces between the tensors, so that their holes do not become one.
+    assert outputs("learner.engine=deepspeed", "learner.zero_stage=3") == 4
+
+
 def test_gradients_of_the_only_micro_batch_come_while_its_activations_go() -> None:
     assert parts("train.tasks_per_step=1", "learner.micro_batch_tokens=1000")["gradients"] == 0
     assert parts("learner.micro_batch_tokens=128")["gradients"] == PARAMETERS * 4
@@ -188,12 +207,13 @@ def test_the_prediction_is_within_a_fifth_of_what_is_measured() -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "benchmarks.learner", "--memory", "--tokens", "256", "--budget", "1024",
-            "--engines", "torch,deepspeed-1", "--repeats", "1",
+            "--engines", "torch,deepspeed-1,deepspeed-3", "--repeats", "1",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
     errors = {row["settings"]: row["error"] for row in result["rows"]}
-    assert len(errors) > 8
+    assert len(errors) == 17
+    assert "deepspeed-3, 1024 tokens, lora.rank 16" in errors  # once a fifth too low
     assert max(map(abs, errors.values())) <= 0.2, errors
