@@ -8,7 +8,8 @@ from ray.exceptions import RayActorError
 
 from stateset_ray.actors.flight import Flight
 from stateset_ray.actors.jobs import GroupJob
-from stateset_ray.actors.rollout_pool import RolloutPool, _Worker
+from stateset_ray.actors.rollout_pool import RolloutPool
+from stateset_ray.actors.roster import Roster, Worker
 from stateset_ray.config import load_config
 from stateset_ray.types import Task
 
@@ -28,8 +29,9 @@ class Actor:
 
 @pytest.fixture
 def pool() -> RolloutPool:
-    workers = [_Worker(index, Actor()) for index in range(2)]
-    return RolloutPool(load_config(), workers, lambda index: Actor())
+    config = load_config()
+    workers = [Worker(index, Actor()) for index in range(2)]
+    return RolloutPool(config, Roster(config, workers, lambda index: Actor()))
 
 
 def jobs(*names: str) -> list[GroupJob]:
@@ -37,16 +39,16 @@ def jobs(*names: str) -> list[GroupJob]:
 
 
 def played(pool: RolloutPool) -> list[list[str]]:
-    return [worker.actor.played for worker in pool._workers]
+    return [worker.actor.played for worker in pool._roster.workers]
 
 
 def dies(pool: RolloutPool, index: int) -> None:
-    pool._lost(pool._workers[index], RayActorError())
+    pool._lost(pool._roster.workers[index], RayActorError())
     pool._tend()
 
 
 def comes_back(pool: RolloutPool, index: int) -> None:
-    pool._workers[index].ping = None
+    pool._roster.workers[index].ping = None
     pool._tend()
 
 
@@ -55,7 +57,7 @@ def test_a_worker_kept_free_for_a_suspect_plays_nothing_new_until_then(pool: Rol
     dies(pool, 0)
     pool.dispatch(Flight(), jobs("c"))
     assert played(pool) == [["a"], ["b"]]
-    pool._workers[1].streams.clear()  # `b` ended
+    pool._roster.workers[1].streams.clear()  # `b` ended
     pool._tend()
     assert played(pool) == [["a"], ["b", "a"]]  # the suspect, and nothing beside it
 
@@ -70,8 +72,9 @@ def test_a_worker_kept_free_for_a_suspect_that_another_took_comes_back(pool: Rol
 
 
 def test_a_worker_kept_free_for_a_suspect_that_was_given_up_comes_back(pool: RolloutPool) -> None:
-    pool.dispatch(Flight(), jobs("a", "b"))
+    pool.dispatch(lost := Flight(), jobs("a"))
+    pool.dispatch(Flight(), jobs("b"))
     dies(pool, 0)
-    pool._suspects.clear()
+    pool.drop(lost, "outrun")
     pool.dispatch(Flight(), jobs("c"))
     assert played(pool) == [["a"], ["b", "c"]]
