@@ -20,7 +20,7 @@ class Actor:
     def __init__(self) -> None:
         self.played: list[str] = []
         self.play = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._play))
-        self.ready = SimpleNamespace(remote=object)
+        self.ready = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=object))
 
     def _play(self, version: int, weights: Any, jobs: list[GroupJob]) -> object:
         self.played += [job.id for job in jobs]
