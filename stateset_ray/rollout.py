@@ -6,14 +6,14 @@ decides why a conversation ends, and the only one that writes down which tokens 
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from stateset_ray.config import RolloutConfig
+from stateset_ray.deadline import DeadlinePassed, within
 from stateset_ray.environments.base import Environment
 from stateset_ray.environments.boundary import ask, close
 from stateset_ray.errors import EnvironmentFault, InfrastructureFault, RewardFault, TemplateError
@@ -23,8 +23,10 @@ from stateset_ray.types import Message, Step, StopReason, Task, Trajectory, Turn
 
 __all__ = ["rollout"]
 
+_NOTHING = Step()
 
-@dataclass
+
+@dataclass(slots=True)
 class _Conversation:
     """What is known of a conversation while it runs."""
 
@@ -32,10 +34,7 @@ class _Conversation:
     ids: list[int] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def sampled(self) -> int:
-        return sum(len(turn.token_ids) for turn in self.turns)
+    sampled: int = 0
 
 
 async def rollout(
@@ -68,20 +67,22 @@ async def rollout(
     error: str | None = None
     heat = limits.temperature if temperature is None else temperature
     try:
-        async with asyncio.timeout(limits.conversation_timeout):
-            reason = await _play(
-                environment, task, policy, renderer, limits, talk,
-                id=id, seed=seed, sample=sample, temperature=heat,
-            )  # fmt: skip
+        playing = _play(
+            environment, task, policy, renderer, limits, talk,
+            id=id, seed=seed, sample=sample, temperature=heat,
+        )  # fmt: skip
+        reason = await within(limits.conversation_timeout, playing)
     except EnvironmentFault as fault:
         reason, error = StopReason.ENVIRONMENT_ERROR, str(fault)
     except RewardFault as fault:
         reason, error = StopReason.REWARD_ERROR, str(fault)
     except InfrastructureFault as fault:
         reason, error = StopReason.INFRASTRUCTURE_ERROR, str(fault)
-    except TimeoutError as fault:
+    except DeadlinePassed:
         reason = StopReason.TIMEOUT
-        error = str(fault) or f"the conversation took longer than {limits.conversation_timeout} s"
+        error = f"the conversation took longer than {limits.conversation_timeout} s"
+    except TimeoutError as fault:
+        reason, error = StopReason.TIMEOUT, str(fault)
     finally:
         policy.release(id)
         closing = await close(environment, limits.environment_timeout)
@@ -120,10 +121,17 @@ async def _play(
         message = Message("assistant", renderer.text(reply.token_ids))
         talk.ids = [*prompt, *reply.token_ids]
         talk.messages.append(message)
-        turn = Turn(context, reply.token_ids, reply.logprobs, reply.policy_version, forked=forked)
-        talk.turns.append(turn)
-        step = await ask(environment, "step", limits.environment_timeout, message)
-        talk.turns[-1] = replace(turn, reward=step.reward, rewards=dict(step.rewards))
+        talk.sampled += len(reply.token_ids)
+        step = _NOTHING
+        try:
+            step = await ask(environment, "step", limits.environment_timeout, message)
+        finally:  # a turn was sampled, whatever becomes of its reward
+            talk.turns.append(
+                Turn(
+                    context, reply.token_ids, reply.logprobs, reply.policy_version,
+                    step.reward, forked, dict(step.rewards),
+                )  # fmt: skip
+            )
         talk.messages += step.messages
         talk.info = dict(step.info)
         reason = _end(step, reply, limits, len(talk.turns), budget)
@@ -159,8 +167,7 @@ def _end(step: Step, reply: Reply, limits: RolloutConfig, turns: int, budget: in
 
 async def _reply(policy: Policy, request: ReplyRequest, timeout: float) -> Reply:
     try:
-        async with asyncio.timeout(timeout):
-            reply = await policy.reply(request)
+        reply = await within(timeout, policy.reply(request))
     except TimeoutError:
         raise TimeoutError(f"a reply took longer than rollout.turn_timeout = {timeout} s") from None
     if not reply.token_ids or len(reply.logprobs) != len(reply.token_ids):

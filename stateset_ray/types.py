@@ -48,7 +48,7 @@ def derive_seed(*parts: int | str) -> int:
         >>> derive_seed(0, "train-7", 3) == derive_seed(0, "train-7", 3)
         True
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    text = "\x1f".join([f"{type(part).__name__}:{part}" for part in parts])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -310,6 +310,13 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def part(self, start: int, end: int) -> Sample:
+        """Tokens `start` to `end` of this sample; the arrays are views."""
+        return Sample(
+            self.token_ids[start:end], self.loss_mask[start:end], self.logprobs[start:end],
+            self.advantages[start:end], self.versions[start:end], self.turns[start:end], self.weight,
+        )  # fmt: skip
 
     def credited(self, advantages: Sequence[float], weight: float = 1.0) -> Sample:
         """This sample with the advantage of each token's turn, and its weight in the loss.

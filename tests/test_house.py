@@ -23,7 +23,7 @@ PACKAGE = "stateset_ray"
 
 FLOORS: dict[str, float] = {
     # 1: the ground
-    "types": 1, "config": 1, "objective": 1, "settings": 1, "errors": 1,
+    "types": 1, "config": 1, "objective": 1, "settings": 1, "errors": 1, "deadline": 1,
     # 2: nouns
     "environments": 2, "rewards": 2, "grpo": 2, "metrics": 2, "checkpoint": 2, "manifest": 2, "models": 2,
     "offline_models": 2,

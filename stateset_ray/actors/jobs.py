@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stateset_ray.grpo.advantages import Rewards
-from stateset_ray.grpo.samples import samples, shared_prefix
+from stateset_ray.grpo.samples import samples_of, shared_prefix
 from stateset_ray.types import Sample, StopReason, Task, Trajectory, TrajectoryGroup
 
 __all__ = ["Counts", "GroupJob", "GroupPayload", "GroupReport", "SampleSize", "report_on"]
@@ -105,7 +105,7 @@ class GroupReport:
 def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, GroupPayload]:
     """The report of a group, and the payload that its sizes point into."""
     played = group.trajectories
-    rows = tuple(tuple(samples(t)) for t in played)
+    rows = tuple([tuple(of_one) for of_one in samples_of(played)])
     sizes = tuple(
         SampleSize(i, k, len(row), int(row.loss_mask.sum()))
         for i, of_one in enumerate(rows)

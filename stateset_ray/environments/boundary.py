@@ -6,6 +6,7 @@ import asyncio
 import math
 from typing import Any
 
+from stateset_ray.deadline import DeadlinePassed, within
 from stateset_ray.environments.base import Environment, call
 from stateset_ray.errors import EnvironmentFault, RewardFault
 from stateset_ray.types import Message, Step
@@ -23,39 +24,46 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
         EnvironmentFault: it raised, took too long, or returned what is no Step of text.
         RewardFault: a reward is not a finite number.
     """
-    name = f"{type(environment).__name__}.{method}"
     try:
-        async with asyncio.timeout(timeout) as clock:
-            step = await call(getattr(environment, method), *args)
-    except TimeoutError as error:
-        if not clock.expired():
-            raise EnvironmentFault(f"{name} raised TimeoutError: {error}") from error
+        step = await within(timeout, call(getattr(environment, method), *args))
+    except DeadlinePassed:
         raise EnvironmentFault(
-            f"{name} took longer than rollout.environment_timeout = {timeout} s",
+            f"{_named(environment, method)} took longer than rollout.environment_timeout = {timeout} s",
             mend="make it faster, or raise the limit",
         ) from None
     except Exception as error:
-        raise EnvironmentFault(f"{name} raised {type(error).__name__}: {error}") from error
-    if not isinstance(step, Step) or not all(isinstance(m, Message) for m in step.messages):
         raise EnvironmentFault(
-            f"{name} must return a Step whose messages are Message objects", given=repr(step)[:200]
-        )
-    if not all(_is_text(m.content) for m in step.messages):
+            f"{_named(environment, method)} raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(step, Step) or not all([isinstance(m, Message) for m in step.messages]):
         raise EnvironmentFault(
-            f"{name} returned a message that is no text: half of a surrogate pair, or not a string",
-            given=repr([m.content for m in step.messages])[:200],
-            mend="decode what comes from outside with errors='replace'",
+            f"{_named(environment, method)} must return a Step whose messages are Message objects",
+            given=repr(step)[:200],
         )
-    if any(m.role == "assistant" for m in step.messages) and method == "step":
-        raise EnvironmentFault(f"{name} returned an assistant message; only the policy speaks as assistant")
+    for message in step.messages:
+        if not _is_text(message.content):
+            raise EnvironmentFault(
+                f"{_named(environment, method)} returned a message that is no text: half of a surrogate pair, "
+                "or not a string",
+                given=repr([m.content for m in step.messages])[:200],
+                mend="decode what comes from outside with errors='replace'",
+            )
+        if message.role == "assistant" and method == "step":
+            raise EnvironmentFault(
+                f"{_named(environment, method)} returned an assistant message; only the policy speaks as assistant"
+            )
     for reward in (step.reward, *step.rewards.values()):
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise RewardFault(f"{name} gave a reward that is not a finite number", given=reward)
+        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+            raise RewardFault(
+                f"{_named(environment, method)} gave a reward that is not a finite number", given=reward
+            )
     return step
 
 
 async def close(environment: Environment, timeout: float) -> str | None:
     """Close the environment, shielded from cancellation; returns what went wrong."""
+    if getattr(environment.close, "__func__", None) is Environment.close:
+        return None  # holds nothing: not worth a thread of its own
 
     async def closing() -> None:
         async with asyncio.timeout(timeout):
@@ -68,9 +76,13 @@ async def close(environment: Environment, timeout: float) -> str | None:
     return None
 
 
+def _named(environment: Environment, method: str) -> str:
+    return f"{type(environment).__name__}.{method}"
+
+
 def _is_text(content: object) -> bool:
     """Whether something is a string that can be written down."""
     try:
-        return isinstance(content, str) and content.encode() is not None
+        return isinstance(content, str) and (content.isascii() or content.encode() is not None)
     except UnicodeEncodeError:
         return False

@@ -7,6 +7,7 @@ ignores the user's word earns anything in expectation.
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 from stateset_ray.environments.base import Environment
 from stateset_ray.errors import ConfigError
@@ -68,8 +69,7 @@ class Echo(Environment):
 
     async def reset(self, task: Task, seed: int) -> Step:
         """Draw the words from the task's seed and say the first; nothing else is random."""
-        rng = random.Random(task.seed)
-        self._words = tuple(self._draw(rng) for _ in range(self._turns))
+        self._words = _words(task.seed, self._length, self._alphabet, self._turns)
         self._turn = self._right = 0
         return Step((self._say(),))
 
@@ -95,13 +95,9 @@ class Echo(Environment):
     def _say(self) -> Message:
         return Message("user", f"Say: {self.expert()}")
 
-    def _draw(self, rng: random.Random) -> str:
-        rounds, rest = divmod(self._length, len(self._alphabet))
-        letters = [*(self._alphabet * rounds), *rng.sample(self._alphabet, rest)]
-        rng.shuffle(letters)
-        return "".join(letters)
-
     def _score(self, word: str, reply: str) -> float:
+        if reply == word:
+            return 1.0
         positions = max(len(word), len(reply))
         scores = [self._match(want, got) for want, got in zip(word, reply, strict=False)]
         return (sum(scores) - (positions - len(scores))) / positions
@@ -115,3 +111,15 @@ class Echo(Environment):
         # The distance tells a policy that starts from random bytes which way to go.
         far = min(1.0, abs(ord(got) - ord(want)) / _FAR)
         return wrong + (-1 - wrong) * (0.5 + far / 2)
+
+
+@lru_cache(1024)
+def _words(seed: int, length: int, alphabet: str, count: int) -> tuple[str, ...]:
+    """The words of a task, drawn once for all who play it: a generator's seeding is half of a reset."""
+    rng, words = random.Random(seed), list[str]()
+    rounds, rest = divmod(length, len(alphabet))
+    for _ in range(count):
+        letters = [*(alphabet * rounds), *rng.sample(alphabet, rest)]
+        rng.shuffle(letters)
+        words.append("".join(letters))
+    return tuple(words)

@@ -9,7 +9,7 @@ import numpy as np
 
 from stateset_ray.types import Sample, Trajectory, Turn
 
-__all__ = ["samples", "shared_prefix"]
+__all__ = ["samples", "samples_of", "shared_prefix"]
 
 
 def samples(trajectory: Trajectory) -> list[Sample]:
@@ -31,9 +31,18 @@ def samples(trajectory: Trajectory) -> list[Sample]:
         >>> s.token_ids.tolist(), s.loss_mask.tolist(), s.versions.tolist()
         ([1, 2, 3], [False, False, True], [-1, -1, 4])
     """
-    return [
-        _sample(first, run) for first, run in _runs(trajectory.turns) if any(turn.token_ids for turn in run)
+    [rows] = samples_of([trajectory])
+    return rows
+
+
+def samples_of(trajectories: Sequence[Trajectory]) -> list[list[Sample]]:
+    """`samples` of each trajectory; arrays are built once for all of them, and samples are parts of those."""
+    runs = [
+        [(first, run) for first, run in _runs(t.turns) if any([turn.token_ids for turn in run])]
+        for t in trajectories
     ]
+    laid = _laid([run for of_one in runs for run in of_one])
+    return [[next(laid) for _ in of_one] for of_one in runs]
 
 
 def shared_prefix(rows: Sequence[Sample]) -> int:
@@ -69,26 +78,29 @@ def _runs(turns: Sequence[Turn]) -> Iterator[tuple[int, list[Turn]]]:
         yield first, run
 
 
-def _sample(first: int, run: Sequence[Turn]) -> Sample:
-    ids = [(*turn.context_ids, *turn.token_ids) for turn in run]
+def _laid(runs: Sequence[tuple[int, Sequence[Turn]]]) -> Iterator[Sample]:
+    """The sample of each run, as parts of one that holds them all end to end."""
+    if not runs:
+        return
+    turns = [turn for _, run in runs for turn in run]
+    ids = [(*turn.context_ids, *turn.token_ids) for turn in turns]
     # Segments alternate: context, sampled, context, sampled, ...
-    sizes = np.fromiter(
-        chain.from_iterable((len(turn.context_ids), len(turn.token_ids)) for turn in run), dtype=np.int64
-    )
-    mask = np.repeat(np.tile([False, True], len(run)), sizes)
-    versions = np.repeat(
-        np.fromiter(chain.from_iterable((-1, turn.policy_version) for turn in run), dtype=np.int32), sizes
-    )
-    indices = np.repeat(
-        np.fromiter(chain.from_iterable((-1, first + k) for k in range(len(run))), dtype=np.int32), sizes
-    )
+    sizes = [size for turn in turns for size in (len(turn.context_ids), len(turn.token_ids))]
+    mask = np.repeat(np.tile([False, True], len(turns)), sizes)
+    versions = [version for turn in turns for version in (-1, turn.policy_version)]
+    indices = [i for first, run in runs for k in range(len(run)) for i in (-1, first + k)]
     logprobs = np.zeros(len(mask), dtype=np.float32)
-    logprobs[mask] = np.fromiter(chain.from_iterable(turn.logprobs for turn in run), dtype=np.float32)
-    return Sample(
+    logprobs[mask] = np.fromiter(chain.from_iterable([turn.logprobs for turn in turns]), dtype=np.float32)
+    whole = Sample(
         token_ids=np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=len(mask)),
         loss_mask=mask,
         logprobs=logprobs,
         advantages=mask.astype(np.float32),
-        versions=versions,
-        turns=indices,
+        versions=np.repeat(np.array(versions, np.int32), sizes),
+        turns=np.repeat(np.array(indices, np.int32), sizes),
     )
+    start = 0
+    for _, run in runs:
+        end = start + sum([len(turn.context_ids) + len(turn.token_ids) for turn in run])
+        yield whole.part(start, end)
+        start = end

@@ -9,18 +9,28 @@ system prompts to a conversation that begins.
 Templates that rewrite history (thinking removed from earlier replies, say) cannot be continued that
 way. The audit at construction finds them; `rewrites_history` is then True and each prompt is a full
 render. Where that does not begin with every token so far, the turn is marked as a fork.
+
+The members of a group are told the same, and environments repeat themselves: what was rendered or read
+lately is remembered (`_REMEMBERED`), unless the template writes the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
 from stateset_ray.errors import TemplateError
-from stateset_ray.types import Message
+from stateset_ray.types import Message, Role
 
 __all__ = ["Renderer"]
+
+_REMEMBERED = 1024
+"""Texts of one kind that are remembered: openings, suffixes, scripted replies, sampled replies."""
+
+_Said = tuple[tuple[Role, str], ...]
+"""(role, content) of messages: what templates are given of them, and what hashes."""
 
 _PROBE = (Message("system", "s"), Message("user", "u"))
 _REPLY = "r1"
@@ -60,6 +70,10 @@ class Renderer:
                 mend="use an instruction-tuned model, or put a chat_template.jinja beside its tokenizer",
             )
         self._tokenizer = tokenizer
+        self._encode = _encoder(tokenizer)
+        remember = lru_cache(0 if "strftime_now" in str(tokenizer.chat_template) else _REMEMBERED)
+        self._opening, self._suffix = remember(self._render_opening), remember(self._render_suffix)
+        self._reply, self._text = remember(self._render_reply), remember(self._read)
         self._control, self._marks = _control_tokens(tokenizer)
         self._probe = self._accepted_probe()
         self._stop = self._find_stop()
@@ -75,7 +89,7 @@ class Renderer:
 
     def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The first prompt of a conversation, ready for the policy's reply."""
-        return self._render(messages, prompt=True)
+        return self._opening(self._tokenizer.chat_template, _said(messages))
 
     def suffix(self, messages: Sequence[Message], *, stopped: bool = True) -> tuple[int, ...]:
         """What follows a reply: the new messages and the next generation prompt.
@@ -85,17 +99,7 @@ class Renderer:
             stopped: False if the reply was cut before its stop token, which is then closed here. The
                 closing token was not sampled, so it belongs to the context.
         """
-        full = self._render((*self._probe, Message("assistant", _REPLY), *messages), prompt=True)
-        if full[: len(self._base)] != self._base:
-            self._base = self._render_base()  # some templates write the date, and a day may have passed
-        end = len(self._base)
-        if full[:end] != self._base:
-            raise TemplateError(
-                "the chat template changes an earlier reply when these messages follow it",
-                given=[message.role for message in messages],
-                mend="use a template that only appends, or report this dialogue",
-            )
-        return full[end:] if stopped else (self._stop, *full[end:])
+        return self._suffix(self._tokenizer.chat_template, _said(messages), stopped)
 
     def next_prompt(
         self, ids: Sequence[int], messages: Sequence[Message], new: int, *, stopped: bool
@@ -112,7 +116,7 @@ class Renderer:
             (context ids, forked): what follows `ids` and False, or the full new prompt and True.
         """
         if self.rewrites_history:
-            full = self.opening(messages)
+            full = self._render(messages, prompt=True)
             kept = full[: len(ids)] == tuple(ids)
             return (full[len(ids) :], False) if kept else (full, True)
         closed = stopped and ids[-1] in self._closing
@@ -120,21 +124,11 @@ class Renderer:
 
     def reply(self, text: str) -> tuple[int, ...]:
         """A scripted reply as tokens, as the template writes it; its stop token included."""
-        said = Message("assistant", text)
-        plain = tuple(self._tokenizer.encode(self._clean(said), add_special_tokens=False))
-        prompt = self._render(self._probe, prompt=True)
-        whole = self._render((*self._probe, said), prompt=False)
-        start = len(prompt)
-        if whole[:start] == prompt and self._stop in whole[start:]:
-            written = whole[start : whole.index(self._stop, start)]
-            # Templates may set a space before a reply, or trim it. Whatever else they do was not said.
-            if self._words(written) == self._words(plain):
-                return (*written, self._stop)
-        return (*plain, self._stop)
+        return self._reply(self._tokenizer.chat_template, text)
 
     def text(self, ids: Sequence[int]) -> str:
         """The words of a sampled reply; control tokens are left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        return self._text(tuple(ids))
 
     def stopped(self, ids: Sequence[int]) -> bool:
         """Whether a reply ended in a stop token."""
@@ -157,6 +151,41 @@ class Renderer:
                     mend="describe tools in the system message: stateset_ray.environments.tools.describe",
                 )
 
+    # What is remembered. A template that was changed meanwhile is another template.
+
+    def _render_opening(self, template: str, said: _Said) -> tuple[int, ...]:
+        return self._render([Message(role, text) for role, text in said], prompt=True)
+
+    def _render_suffix(self, template: str, said: _Said, stopped: bool) -> tuple[int, ...]:
+        messages = [Message(role, text) for role, text in said]
+        full = self._render((*self._probe, Message("assistant", _REPLY), *messages), prompt=True)
+        if full[: len(self._base)] != self._base:
+            self._base = self._render_base()  # some templates write the date, and a day may have passed
+        end = len(self._base)
+        if full[:end] != self._base:
+            raise TemplateError(
+                "the chat template changes an earlier reply when these messages follow it",
+                given=[message.role for message in messages],
+                mend="use a template that only appends, or report this dialogue",
+            )
+        return full[end:] if stopped else (self._stop, *full[end:])
+
+    def _render_reply(self, template: str, text: str) -> tuple[int, ...]:
+        said = Message("assistant", text)
+        plain = tuple(self._encode(self._clean(said)))
+        prompt = self._render(self._probe, prompt=True)
+        whole = self._render((*self._probe, said), prompt=False)
+        start = len(prompt)
+        if whole[:start] == prompt and self._stop in whole[start:]:
+            written = whole[start : whole.index(self._stop, start)]
+            # Templates may set a space before a reply, or trim it. Whatever else they do was not said.
+            if self._words(written) == self._words(plain):
+                return (*written, self._stop)
+        return (*plain, self._stop)
+
+    def _read(self, ids: tuple[int, ...]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
     def _write(self, messages: Sequence[Message], *, prompt: bool, tools: Any = None) -> str:
         plain = [{"role": m.role, "content": self._clean(m)} for m in messages]
         try:
@@ -174,7 +203,7 @@ class Renderer:
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> tuple[int, ...]:
         text = self._write(messages, prompt=prompt)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._encode(text))
 
     def _render_base(self) -> tuple[int, ...]:
         """The fixed conversation that suffixes are measured against, up to its reply's stop token."""
@@ -233,6 +262,29 @@ class Renderer:
             if (ids, again) != (once, twice):
                 return False
         return True
+
+
+def _said(messages: Sequence[Message]) -> _Said:
+    return tuple([(message.role, message.content) for message in messages])
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
+    """Text to ids: by the tokenizer's backend, where it gives what `encode` gives around it.
+
+    What is left out are positions in the text and truncation, half of the time of a short text.
+    """
+    plain = partial(tokenizer.encode, add_special_tokens=False)
+    batch = getattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast", None)
+    if batch is None:
+        return plain
+
+    def quick(text: str) -> Sequence[int]:
+        ids: list[int] = batch([text], add_special_tokens=False)[0].ids
+        return ids
+
+    said = [message.content for audit in _AUDITS for message in audit]
+    tried = [*said, "".join(tokenizer.all_special_tokens), " \n".join([*tokenizer.all_special_tokens, *said])]
+    return quick if all(list(quick(text)) == list(plain(text)) for text in tried) else plain
 
 
 def _control_tokens(tokenizer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
