@@ -9,10 +9,11 @@ Shapes are written with these letters: T tokens of one sample, K sampled tokens 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -52,8 +53,22 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+class _Record:
+    """Pickled as a call with its fields in order, several times as quick as by their names."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), _fields_of(type(self))(self)
+
+
+@cache
+def _fields_of(record: type) -> Callable[[Any], tuple[Any, ...]]:
+    return attrgetter(*record.__match_args__)  # type: ignore[attr-defined, no-any-return]
+
+
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(_Record):
     """One call of a tool, as parsed from a reply: `ToolCall("lookup", {"order": "48213"})`."""
 
     name: str
@@ -61,7 +76,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Message(_Record):
     """One utterance of a conversation: `Message("user", "Where is my parcel?")`."""
 
     role: Role
@@ -70,7 +85,7 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Task(_Record):
     """What an environment is asked to play; everything random about it follows from `seed`.
 
     Example:
@@ -85,7 +100,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(_Record):
     """What an environment answers to `reset` and `step`.
 
     `terminated` says that the environment finished the conversation, `truncated` that it gave up
@@ -154,7 +169,7 @@ _FAILURES = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(_Record):
     """One policy reply, token by token, as it was sampled; nothing here is ever re-tokenized.
 
     Attributes:
@@ -191,7 +206,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class Trajectory(_Record):
     """One conversation: what was said, what was sampled, what it earned, why it ended.
 
     Attributes:
@@ -254,7 +269,7 @@ def _trajectory_adapter() -> TypeAdapter[Trajectory]:
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectoryGroup:
+class TrajectoryGroup(_Record):
     """The trajectories of one task: the unit over which the baseline is taken.
 
     Example:
@@ -272,7 +287,7 @@ class TrajectoryGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sample:
+class Sample(_Record):
     """One row for the learner: token ids and what it needs to learn from them, and no conversation.
 
     Attributes:
@@ -311,12 +326,12 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def part(self, start: int, end: int) -> Sample:
-        """Tokens `start` to `end` of this sample; the arrays are views."""
-        return Sample(
-            self.token_ids[start:end], self.loss_mask[start:end], self.logprobs[start:end],
-            self.advantages[start:end], self.versions[start:end], self.turns[start:end], self.weight,
-        )  # fmt: skip
+    def parts(self, lengths: Sequence[int]) -> Iterator[Sample]:
+        """The samples of these lengths that lie end to end in this one; their arrays are views."""
+        start, arrays = 0, _arrays_of(self)
+        for length in lengths:
+            yield Sample(*[array[start : start + length] for array in arrays], self.weight)
+            start += length
 
     def credited(self, advantages: Sequence[float], weight: float = 1.0) -> Sample:
         """This sample with the advantage of each token's turn, and its weight in the loss.
@@ -326,3 +341,6 @@ class Sample:
         """
         per_turn = np.asarray([*advantages, 0.0], np.float32)  # the last one for turn -1: no turn
         return replace(self, advantages=per_turn[self.turns], weight=weight)
+
+
+_arrays_of = attrgetter("token_ids", "loss_mask", "logprobs", "advantages", "versions", "turns")

@@ -6,12 +6,17 @@ pass through the controller.
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
+import numpy as np
+from ray import cloudpickle
+
 from stateset_ray.grpo.advantages import Rewards
-from stateset_ray.grpo.samples import samples_of, shared_prefix
+from stateset_ray.grpo.samples import laid_out, shared_prefix
 from stateset_ray.types import Sample, StopReason, Task, Trajectory, TrajectoryGroup
 
 __all__ = ["Counts", "GroupJob", "GroupPayload", "GroupReport", "SampleSize", "report_on"]
@@ -42,12 +47,43 @@ class GroupJob:
         return replace(self, attempt=self.attempt + 1)
 
 
-@dataclass(frozen=True, slots=True)
 class GroupPayload:
-    """What stays in the object store: `samples[i]` are the rows of `group.trajectories[i]`."""
+    """What stays in the object store of a group: its conversations, and the learner's rows of them.
 
-    group: TrajectoryGroup
-    samples: tuple[tuple[Sample, ...], ...]
+    The rows travel as one sample that is cut where they lie, and the conversations as bytes that are opened
+    for who asks for them only, which a learner never does.
+
+    Args:
+        group: the conversations, or those pickled.
+        whole: all rows end to end.
+        lengths: of the rows, by trajectory; see `grpo.samples.laid_out`.
+
+    Attributes:
+        samples: `samples[i]` are the rows of `group.trajectories[i]`.
+    """
+
+    def __init__(self, group: TrajectoryGroup | bytes, whole: Sample, lengths: list[list[int]]) -> None:
+        self._group, self._whole, self._lengths = group, whole, lengths
+        parts = whole.parts([length for of_one in lengths for length in of_one])
+        self.samples = tuple([tuple(islice(parts, len(of_one))) for of_one in lengths])
+
+    @property
+    def group(self) -> TrajectoryGroup:
+        """The conversations."""
+        if isinstance(self._group, bytes):
+            self._group = pickle.loads(self._group)
+        return self._group
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        group = self._group if isinstance(self._group, bytes) else _pickled(self._group)
+        return GroupPayload, (group, self._whole, self._lengths)
+
+
+def _pickled(group: TrajectoryGroup) -> bytes:
+    try:
+        return pickle.dumps(group, protocol=5)
+    except Exception:  # an environment's facts may be of a class that nobody can import
+        return cloudpickle.dumps(group, protocol=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +141,10 @@ class GroupReport:
 def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, GroupPayload]:
     """The report of a group, and the payload that its sizes point into."""
     played = group.trajectories
-    rows = tuple([tuple(of_one) for of_one in samples_of(played)])
+    payload = GroupPayload(group, *laid_out(played))
+    rows = payload.samples
     sizes = tuple(
-        SampleSize(i, k, len(row), int(row.loss_mask.sum()))
+        SampleSize(i, k, len(row), int(np.count_nonzero(row.loss_mask)))
         for i, of_one in enumerate(rows)
         for k, row in enumerate(of_one)
     )
@@ -119,7 +156,7 @@ def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, Group
         shared_prefix([row for of_one in rows for row in of_one]),
         tuple(min((turn.policy_version for turn in t.turns), default=None) for t in played),
     )  # fmt: skip
-    return report, GroupPayload(group, rows)
+    return report, payload
 
 
 def _turn_rewards(trajectory: Trajectory) -> Rewards | None:

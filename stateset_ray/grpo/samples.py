@@ -9,7 +9,7 @@ import numpy as np
 
 from stateset_ray.types import Sample, Trajectory, Turn
 
-__all__ = ["samples", "samples_of", "shared_prefix"]
+__all__ = ["laid_out", "samples", "shared_prefix"]
 
 
 def samples(trajectory: Trajectory) -> list[Sample]:
@@ -31,18 +31,24 @@ def samples(trajectory: Trajectory) -> list[Sample]:
         >>> s.token_ids.tolist(), s.loss_mask.tolist(), s.versions.tolist()
         ([1, 2, 3], [False, False, True], [-1, -1, 4])
     """
-    [rows] = samples_of([trajectory])
-    return rows
+    whole, [lengths] = laid_out([trajectory])
+    return list(whole.parts(lengths))
 
 
-def samples_of(trajectories: Sequence[Trajectory]) -> list[list[Sample]]:
-    """`samples` of each trajectory; arrays are built once for all of them, and samples are parts of those."""
+def laid_out(trajectories: Sequence[Trajectory]) -> tuple[Sample, list[list[int]]]:
+    """The samples of many trajectories end to end in one, and their lengths, by trajectory.
+
+    Arrays are made once for all of them; `Sample.parts` gives the samples.
+    """
     runs = [
         [(first, run) for first, run in _runs(t.turns) if any([turn.token_ids for turn in run])]
         for t in trajectories
     ]
-    laid = _laid([run for of_one in runs for run in of_one])
-    return [[next(laid) for _ in of_one] for of_one in runs]
+    lengths = [
+        [sum([len(turn.context_ids) + len(turn.token_ids) for turn in run]) for _, run in of_one]
+        for of_one in runs
+    ]
+    return _sample([run for of_one in runs for run in of_one]), lengths
 
 
 def shared_prefix(rows: Sequence[Sample]) -> int:
@@ -78,20 +84,17 @@ def _runs(turns: Sequence[Turn]) -> Iterator[tuple[int, list[Turn]]]:
         yield first, run
 
 
-def _laid(runs: Sequence[tuple[int, Sequence[Turn]]]) -> Iterator[Sample]:
-    """The sample of each run, as parts of one that holds them all end to end."""
-    if not runs:
-        return
+def _sample(runs: Sequence[tuple[int, Sequence[Turn]]]) -> Sample:
     turns = [turn for _, run in runs for turn in run]
     ids = [(*turn.context_ids, *turn.token_ids) for turn in turns]
     # Segments alternate: context, sampled, context, sampled, ...
-    sizes = [size for turn in turns for size in (len(turn.context_ids), len(turn.token_ids))]
-    mask = np.repeat(np.tile([False, True], len(turns)), sizes)
+    sizes = np.array([len(s) for turn in turns for s in (turn.context_ids, turn.token_ids)], np.int64)
     versions = [version for turn in turns for version in (-1, turn.policy_version)]
     indices = [i for first, run in runs for k in range(len(run)) for i in (-1, first + k)]
+    mask = np.repeat(np.tile([False, True], len(turns)), sizes)
     logprobs = np.zeros(len(mask), dtype=np.float32)
     logprobs[mask] = np.fromiter(chain.from_iterable([turn.logprobs for turn in turns]), dtype=np.float32)
-    whole = Sample(
+    return Sample(
         token_ids=np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=len(mask)),
         loss_mask=mask,
         logprobs=logprobs,
@@ -99,8 +102,3 @@ def _laid(runs: Sequence[tuple[int, Sequence[Turn]]]) -> Iterator[Sample]:
         versions=np.repeat(np.array(versions, np.int32), sizes),
         turns=np.repeat(np.array(indices, np.int32), sizes),
     )
-    start = 0
-    for _, run in runs:
-        end = start + sum([len(turn.context_ids) + len(turn.token_ids) for turn in run])
-        yield whole.part(start, end)
-        start = end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable, Sequence
 
 from stateset_ray.policies.base import Reply, ReplyRequest
@@ -38,7 +37,7 @@ class ScriptedPolicy:
     async def reply(self, request: ReplyRequest) -> Reply:
         """See `Policy.reply`."""
         said = self._script(request.messages)
-        text = await said if inspect.isawaitable(said) else said
+        text = said if isinstance(said, str) else await said
         ids = self._renderer.reply(text)
         if len(ids) > request.max_tokens:
             ids, finish = ids[: request.max_tokens], "length"
