@@ -126,12 +126,9 @@ async def _play(
         try:
             step = await ask(environment, "step", limits.environment_timeout, message)
         finally:  # a turn was sampled, whatever becomes of its reward
-            talk.turns.append(
-                Turn(
-                    context, reply.token_ids, reply.logprobs, reply.policy_version,
-                    step.reward, forked, dict(step.rewards),
-                )  # fmt: skip
-            )
+            paid = step.reward, forked, dict(step.rewards)
+            turn = Turn(context, reply.token_ids, reply.logprobs, reply.policy_version, *paid)
+            talk.turns.append(turn)
         talk.messages += step.messages
         talk.info = dict(step.info)
         reason = _end(step, reply, limits, len(talk.turns), budget)

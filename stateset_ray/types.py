@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -57,14 +57,15 @@ class _Record:
     """Pickled as a call with its fields in order, several times as quick as by their names."""
 
     __slots__ = ()
+    __match_args__: ClassVar[tuple[str, ...]]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), _fields_of(type(self))(self)
+        return type(self), _values(self.__match_args__)(self)
 
 
 @cache
-def _fields_of(record: type) -> Callable[[Any], tuple[Any, ...]]:
-    return attrgetter(*record.__match_args__)  # type: ignore[attr-defined, no-any-return]
+def _values(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    return attrgetter(*names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,9 +329,13 @@ class Sample(_Record):
 
     def parts(self, lengths: Sequence[int]) -> Iterator[Sample]:
         """The samples of these lengths that lie end to end in this one; their arrays are views."""
-        start, arrays = 0, _arrays_of(self)
+        start = 0
         for length in lengths:
-            yield Sample(*[array[start : start + length] for array in arrays], self.weight)
+            here = slice(start, start + length)
+            yield Sample(
+                self.token_ids[here], self.loss_mask[here], self.logprobs[here], self.advantages[here],
+                self.versions[here], self.turns[here], self.weight,
+            )  # fmt: skip
             start += length
 
     def credited(self, advantages: Sequence[float], weight: float = 1.0) -> Sample:
@@ -341,6 +346,3 @@ class Sample(_Record):
         """
         per_turn = np.asarray([*advantages, 0.0], np.float32)  # the last one for turn -1: no turn
         return replace(self, advantages=per_turn[self.turns], weight=weight)
-
-
-_arrays_of = attrgetter("token_ids", "loss_mask", "logprobs", "advantages", "versions", "turns")

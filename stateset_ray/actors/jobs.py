@@ -71,7 +71,8 @@ class GroupPayload:
     def group(self) -> TrajectoryGroup:
         """The conversations."""
         if isinstance(self._group, bytes):
-            self._group = pickle.loads(self._group)
+            opened: TrajectoryGroup = pickle.loads(self._group)
+            self._group = opened
         return self._group
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from stateset_ray.actors.held_engine import HeldEngine, Inference, renderer_of
 from stateset_ray.actors.jobs import GroupJob, GroupPayload, GroupReport, report_on
 from stateset_ray.actors.router import Router
 from stateset_ray.config import Config
-from stateset_ray.environments.base import build_environment
+from stateset_ray.environments.base import construct, load_environment
 from stateset_ray.errors import InfrastructureFault
 from stateset_ray.policies.base import Policy
 from stateset_ray.policies.scripted import ScriptedPolicy
@@ -78,6 +78,8 @@ class RolloutWorker:
         # Blocking environments get a thread per conversation: a hung one must not starve the others.
         threads = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="environment")
         asyncio.get_running_loop().set_default_executor(threads)
+        section = self._config.environment
+        self._environment = load_environment(section.path, section.options)
         self._renderer = renderer_of(self._config)
         if self._engines:
             self._inference = Router(self._engines)
@@ -142,8 +144,7 @@ class RolloutWorker:
 
     async def _one(self, job: GroupJob, sample: int) -> Trajectory:
         async with self._places:
-            section = self._config.environment
-            environment = build_environment(section.path, section.options)
+            environment = construct(self._environment, self._config.environment.options)
             policy: Policy = self._loaded()
             if job.expert:
                 policy = ScriptedPolicy(self._renderer, lambda _: environment.expert())

@@ -17,7 +17,15 @@ from typing import Any
 from stateset_ray.errors import ConfigError, StatesetError
 from stateset_ray.types import Message, Split, Step, Task, derive_seed
 
-__all__ = ["Environment", "build_environment", "call", "check_expert", "has_expert", "load_environment"]
+__all__ = [
+    "Environment",
+    "build_environment",
+    "call",
+    "check_expert",
+    "construct",
+    "has_expert",
+    "load_environment",
+]
 
 
 class Environment(ABC):
@@ -131,7 +139,15 @@ def build_environment(path: str, options: Mapping[str, Any]) -> Environment:
     Raises:
         ConfigError: as `load_environment` does, or its constructor refuses the options.
     """
-    cls = load_environment(path, options)
+    return construct(load_environment(path, options), options)
+
+
+def construct(cls: type[Environment], options: Mapping[str, Any]) -> Environment:
+    """One instance of an environment that `load_environment` gave, whose options need no second look.
+
+    Raises:
+        ConfigError: its constructor refuses the options.
+    """
     try:
         return cls(**options)
     except StatesetError:

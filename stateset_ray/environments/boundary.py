@@ -24,39 +24,34 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
         EnvironmentFault: it raised, took too long, or returned what is no Step of text.
         RewardFault: a reward is not a finite number.
     """
+    name = f"{type(environment).__name__}.{method}"
     try:
         step = await within(timeout, call(getattr(environment, method), *args))
     except DeadlinePassed:
         raise EnvironmentFault(
-            f"{_named(environment, method)} took longer than rollout.environment_timeout = {timeout} s",
+            f"{name} took longer than rollout.environment_timeout = {timeout} s",
             mend="make it faster, or raise the limit",
         ) from None
     except Exception as error:
+        raise EnvironmentFault(f"{name} raised {type(error).__name__}: {error}") from error
+    if not isinstance(step, Step) or not all(isinstance(m, Message) for m in step.messages):
         raise EnvironmentFault(
-            f"{_named(environment, method)} raised {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(step, Step) or not all([isinstance(m, Message) for m in step.messages]):
-        raise EnvironmentFault(
-            f"{_named(environment, method)} must return a Step whose messages are Message objects",
-            given=repr(step)[:200],
+            f"{name} must return a Step whose messages are Message objects", given=repr(step)[:200]
         )
     for message in step.messages:
         if not _is_text(message.content):
             raise EnvironmentFault(
-                f"{_named(environment, method)} returned a message that is no text: half of a surrogate pair, "
-                "or not a string",
+                f"{name} returned a message that is no text: half of a surrogate pair, or not a string",
                 given=repr([m.content for m in step.messages])[:200],
                 mend="decode what comes from outside with errors='replace'",
             )
         if message.role == "assistant" and method == "step":
             raise EnvironmentFault(
-                f"{_named(environment, method)} returned an assistant message; only the policy speaks as assistant"
+                f"{name} returned an assistant message; only the policy speaks as assistant"
             )
     for reward in (step.reward, *step.rewards.values()):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise RewardFault(
-                f"{_named(environment, method)} gave a reward that is not a finite number", given=reward
-            )
+        if not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise RewardFault(f"{name} gave a reward that is not a finite number", given=reward)
     return step
 
 
@@ -74,10 +69,6 @@ async def close(environment: Environment, timeout: float) -> str | None:
     except Exception as error:  # a failing close must not hide how the conversation ended
         return f"{type(environment).__name__}.close raised {type(error).__name__}: {error}"
     return None
-
-
-def _named(environment: Environment, method: str) -> str:
-    return f"{type(environment).__name__}.{method}"
 
 
 def _is_text(content: object) -> bool:

@@ -41,7 +41,7 @@ def laid_out(trajectories: Sequence[Trajectory]) -> tuple[Sample, list[list[int]
     Arrays are made once for all of them; `Sample.parts` gives the samples.
     """
     runs = [
-        [(first, run) for first, run in _runs(t.turns) if any([turn.token_ids for turn in run])]
+        [(first, run) for first, run in _runs(t.turns) if any(turn.token_ids for turn in run)]
         for t in trajectories
     ]
     lengths = [
