@@ -16,12 +16,13 @@ lately is remembered (`_REMEMBERED`), unless the template writes the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache, partial
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 from stateset_ray.errors import TemplateError
+from stateset_ray.policies.template import control_tokens, encoder, writer
 from stateset_ray.types import Message, Role
 
 __all__ = ["Renderer"]
@@ -70,14 +71,15 @@ class Renderer:
                 mend="use an instruction-tuned model, or put a chat_template.jinja beside its tokenizer",
             )
         self._tokenizer = tokenizer
-        self._encode = _encoder(tokenizer)
+        self._encode, self._written = encoder(tokenizer), writer(tokenizer)
         remember = lru_cache(0 if "strftime_now" in str(tokenizer.chat_template) else _REMEMBERED)
         self._opening, self._suffix = remember(self._render_opening), remember(self._render_suffix)
         self._reply, self._text = remember(self._render_reply), remember(self._read)
-        self._control, self._marks = _control_tokens(tokenizer)
+        self._control, self._marks = control_tokens(tokenizer)
         self._probe = self._accepted_probe()
         self._stop = self._find_stop()
         self._base = self._render_base()
+        self._prompt = self._render(self._probe, prompt=True)
         eos = tokenizer.eos_token_id
         self.stop_ids = frozenset({self._stop, *stop_ids} | ({eos} if eos is not None else set()))
         # A model may stop with a token that its template never writes (a plain end of text): its turn is
@@ -89,7 +91,7 @@ class Renderer:
 
     def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The first prompt of a conversation, ready for the policy's reply."""
-        return self._opening(self._tokenizer.chat_template, _said(messages))
+        return self._opening(self._template, _said(messages))
 
     def suffix(self, messages: Sequence[Message], *, stopped: bool = True) -> tuple[int, ...]:
         """What follows a reply: the new messages and the next generation prompt.
@@ -99,7 +101,7 @@ class Renderer:
             stopped: False if the reply was cut before its stop token, which is then closed here. The
                 closing token was not sampled, so it belongs to the context.
         """
-        return self._suffix(self._tokenizer.chat_template, _said(messages), stopped)
+        return self._suffix(self._template, _said(messages), stopped)
 
     def next_prompt(
         self, ids: Sequence[int], messages: Sequence[Message], new: int, *, stopped: bool
@@ -124,7 +126,7 @@ class Renderer:
 
     def reply(self, text: str) -> tuple[int, ...]:
         """A scripted reply as tokens, as the template writes it; its stop token included."""
-        return self._reply(self._tokenizer.chat_template, text)
+        return self._reply(self._template, text)
 
     def text(self, ids: Sequence[int]) -> str:
         """The words of a sampled reply; control tokens are left out."""
@@ -153,6 +155,11 @@ class Renderer:
 
     # What is remembered. A template that was changed meanwhile is another template.
 
+    @property
+    def _template(self) -> str:
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else str(template)  # some have several, by name
+
     def _render_opening(self, template: str, said: _Said) -> tuple[int, ...]:
         return self._render([Message(role, text) for role, text in said], prompt=True)
 
@@ -173,13 +180,15 @@ class Renderer:
     def _render_reply(self, template: str, text: str) -> tuple[int, ...]:
         said = Message("assistant", text)
         plain = tuple(self._encode(self._clean(said)))
-        prompt = self._render(self._probe, prompt=True)
         whole = self._render((*self._probe, said), prompt=False)
-        start = len(prompt)
-        if whole[:start] == prompt and self._stop in whole[start:]:
+        start = len(self._prompt)
+        if whole[:start] != self._prompt:
+            self._prompt = self._render(self._probe, prompt=True)  # as in a suffix: another day
+            start = len(self._prompt)
+        if whole[:start] == self._prompt and self._stop in whole[start:]:
             written = whole[start : whole.index(self._stop, start)]
             # Templates may set a space before a reply, or trim it. Whatever else they do was not said.
-            if self._words(written) == self._words(plain):
+            if written == plain or self._words(written) == self._words(plain):
                 return (*written, self._stop)
         return (*plain, self._stop)
 
@@ -189,11 +198,7 @@ class Renderer:
     def _write(self, messages: Sequence[Message], *, prompt: bool, tools: Any = None) -> str:
         plain = [{"role": m.role, "content": self._clean(m)} for m in messages]
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    plain, tools=tools, tokenize=False, add_generation_prompt=prompt
-                )
-            )
+            return self._written(plain, prompt, tools)
         except Exception as error:  # templates raise whatever their author chose
             raise TemplateError(
                 f"the chat template refuses this conversation: {error}",
@@ -266,46 +271,3 @@ class Renderer:
 
 def _said(messages: Sequence[Message]) -> _Said:
     return tuple([(message.role, message.content) for message in messages])
-
-
-def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
-    """Text to ids: by the tokenizer's backend, where it gives what `encode` gives around it.
-
-    What is left out are positions in the text and truncation, half of the time of a short text.
-    """
-    plain = partial(tokenizer.encode, add_special_tokens=False)
-    batch = getattr(getattr(tokenizer, "backend_tokenizer", None), "encode_batch_fast", None)
-    if batch is None:
-        return plain
-
-    def quick(text: str) -> Sequence[int]:
-        ids: list[int] = batch([text], add_special_tokens=False)[0].ids
-        return ids
-
-    said = [message.content for audit in _AUDITS for message in audit]
-    tried = [*said, "".join(tokenizer.all_special_tokens), " \n".join([*tokenizer.all_special_tokens, *said])]
-    return quick if all(list(quick(text)) == list(plain(text)) for text in tried) else plain
-
-
-def _control_tokens(tokenizer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What nobody may write, and what users and tools may not; longest first.
-
-    Some families (Qwen3, DeepSeek) do not call all tokens special with which their templates mark
-    thinking, tool results and even turns. Policies and instructions may write those.
-    """
-    added = [t for t in tokenizer.added_tokens_decoder.values() if len(t.content) > 1]
-    control = {t.content for t in added if t.special}
-    control |= {t for t in tokenizer.all_special_tokens if len(t) > 1}
-    template = str(tokenizer.chat_template)
-    marks = control | {t.content for t in added if any(form in template for form in _pair(t.content))}
-    return tuple(sorted(control, key=len, reverse=True)), tuple(sorted(marks, key=len, reverse=True))
-
-
-def _pair(token: str) -> tuple[str, ...]:
-    """A bracketed token and its opposite (`<think>`, `</think>`), since a template may name one only.
-
-    () for words and spaces, which some tokenizers have among their added tokens.
-    """
-    if token[0].isalnum() or token[-1].isalnum() or not any(map(str.isalnum, token)):
-        return ()
-    return token, token.replace("</", "<", 1) if "</" in token else token.replace("<", "</", 1)
