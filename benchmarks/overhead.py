@@ -136,10 +136,13 @@ def profile(groups: int, rows: int = 25) -> list[dict[str, Any]]:
     size, options = _SIDES["repeated"]
     work = _player(Renderer(load_tokenizer("tiny")), size, options)
     asyncio.run(_drive(work, _AT_ONCE))
-    watch = cProfile.Profile()
+    gc.collect()
+    gc.freeze()
+    watch = cProfile.Profile(time.process_time)
     watch.enable()
     asyncio.run(_drive(work, groups))
     watch.disable()
+    gc.unfreeze()
     found = pstats.Stats(watch)
     entries: dict[tuple[str, int, str], Any] = found.stats  # type: ignore[attr-defined]
     total = sum(own for _, _, own, _, _ in entries.values())

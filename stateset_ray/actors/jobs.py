@@ -162,7 +162,7 @@ def report_on(job: GroupJob, group: TrajectoryGroup) -> tuple[GroupReport, Group
 
 def _turn_rewards(trajectory: Trajectory) -> Rewards | None:
     """What each turn earned, as a whole and under each name; a name that a turn lacks earned 0 there."""
-    if trajectory.reward is None:
+    if trajectory.stop_reason.failed:
         return None
     names = sorted({name for turn in trajectory.turns for name in turn.rewards})
     whole = {"": tuple(turn.reward for turn in trajectory.turns)}

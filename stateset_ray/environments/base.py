@@ -12,6 +12,7 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from stateset_ray.errors import ConfigError, StatesetError
@@ -86,10 +87,16 @@ class Environment(ABC):
 
 async def call(method: Any, *args: Any) -> Any:
     """Call an environment's method, in a thread unless it is `async`."""
-    if inspect.iscoroutinefunction(method):
+    if _is_async(getattr(method, "__func__", method)):
         return await method(*args)
     result = await asyncio.to_thread(method, *args)
     return await result if inspect.isawaitable(result) else result
+
+
+@lru_cache(1024)
+def _is_async(function: Any) -> bool:
+    """Remembered, because every call of an environment asks."""
+    return inspect.iscoroutinefunction(function)
 
 
 def load_environment(path: str, options: Mapping[str, Any]) -> type[Environment]:

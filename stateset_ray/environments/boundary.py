@@ -26,7 +26,7 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
     """
     name = f"{type(environment).__name__}.{method}"
     try:
-        step = await within(timeout, call(getattr(environment, method), *args))
+        step: Step = await within(timeout, call(getattr(environment, method), *args))
     except DeadlinePassed:
         raise EnvironmentFault(
             f"{name} took longer than rollout.environment_timeout = {timeout} s",
@@ -34,11 +34,11 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
         ) from None
     except Exception as error:
         raise EnvironmentFault(f"{name} raised {type(error).__name__}: {error}") from error
-    if not isinstance(step, Step) or not all(isinstance(m, Message) for m in step.messages):
-        raise EnvironmentFault(
-            f"{name} must return a Step whose messages are Message objects", given=repr(step)[:200]
-        )
-    for message in step.messages:
+    for message in step.messages if isinstance(step, Step) else (None,):
+        if not isinstance(message, Message):
+            raise EnvironmentFault(
+                f"{name} must return a Step whose messages are Message objects", given=repr(step)[:200]
+            )
         if not _is_text(message.content):
             raise EnvironmentFault(
                 f"{name} returned a message that is no text: half of a surrogate pair, or not a string",

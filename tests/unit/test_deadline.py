@@ -40,7 +40,7 @@ def test_a_passed_limit_cancels_the_work_and_says_so():
         finally:
             ended.append(True)
 
-    with pytest.raises(DeadlinePassed, match="longer than 0.01 s"):
+    with pytest.raises(DeadlinePassed, match=r"longer than 0.01 s"):
         asyncio.run(within(0.01, work()))
     assert ended == [True]
 
