@@ -59,17 +59,22 @@ class _Courier:
             yield report
 
 
-def measure(sizes: Sequence[int], flights: int) -> dict[str, Any]:
-    """Conversations a second for each group size, beside what Ray's streams carry alone."""
+def measure(sizes: Sequence[int], flights: int, flight: int = _FLIGHT) -> dict[str, Any]:
+    """Conversations a second for each group size, beside what Ray's streams carry alone.
+
+    Args:
+        flights: that are timed.
+        flight: conversations of each.
+    """
     with _cluster() as folder:
         return {
             "workers": _WORKERS,
-            "conversations": flights * _FLIGHT,
-            "group_sizes": {str(size): _compared(folder, size, flights) for size in sizes},
+            "conversations": flights * flight,
+            "group_sizes": {str(size): _compared(folder, size, flights, flight // size) for size in sizes},
         }
 
 
-def _compared(folder: str, size: int, flights: int) -> dict[str, Any]:
+def _compared(folder: str, size: int, flights: int, groups: int) -> dict[str, Any]:
     config = load_config(
         None,
         [
@@ -80,18 +85,18 @@ def _compared(folder: str, size: int, flights: int) -> dict[str, Any]:
         ],
     )  # fmt: skip
     with place(config, learners=False) as placement, rollout_pool(config, placement) as pool:
-        ours, sent = _ours(config, pool, size, flights)
-    bare = _bare(sent, flights * _FLIGHT // size, size)
+        ours, sent = _ours(config, pool, size, flights, groups)
+    bare = _bare(sent, flights * groups, size)
     return {**ours, "bare": bare, "of_bare": round(ours["per_second"] / bare["per_second"], 3)}
 
 
 def _ours(
-    config: Config, pool: RolloutPool, size: int, flights: int
+    config: Config, pool: RolloutPool, size: int, flights: int, groups: int
 ) -> tuple[dict[str, Any], tuple[int, int]]:
     """The rate, and the bytes of a payload and of a report."""
     hands = ray.remote(num_cpus=0)(_Hands).remote()
     roles = {"controller": [os.getpid()], "workers": pool.pids, "hands": [ray.get(hands.ready.remote())]}
-    groups, tasks = _FLIGHT // size, Echo(turns=_TURNS)
+    tasks = Echo(turns=_TURNS)
 
     def begin(number: int) -> Flight:
         flight = Flight()
@@ -120,7 +125,7 @@ def _ours(
     example = handles[0]
     sizes = tuple(len(ray.cloudpickle.dumps(x)) for x in (ray.get(example.payload), example.report))
     return {
-        "per_second": round(flights * _FLIGHT / spent),
+        "per_second": round(flights * groups * size / spent),
         "groups_per_second": round(flights * groups / spent, 1),
         "tokens": tokens,
         "cores": {role: round((after[role] - busy[role]) / spent, 2) for role in roles},

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from stateset_ray.errors import TemplateError
 from stateset_ray.models import load_tokenizer
 from stateset_ray.policies.renderer import Renderer
-from stateset_ray.types import Message
+from stateset_ray.policies.template import encoder, writer
+from stateset_ray.types import Message, ToolCall
 
 plain_text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=30)
 partner = st.lists(st.builds(Message, st.sampled_from(["user", "tool"]), plain_text), min_size=1, max_size=3)
@@ -66,3 +67,49 @@ def test_bug_42_tools_that_the_template_drops_are_refused(renderer):
         renderer.check_tools([{"name": "lookup", "description": "find an order"}])
     with pytest.raises(TemplateError, match="ignores tools"):
         renderer.check_tools([{"type": "function", "function": {"name": "user"}}])  # a word of any prompt
+
+
+def test_what_is_remembered_is_of_one_template_and_gives_what_was_rendered():
+    tokenizer = load_tokenizer("tiny")
+    renderer, question = Renderer(tokenizer), [Message("user", "hi")]
+    asked = [(renderer.opening(question), renderer.suffix(question), renderer.reply("hi")) for _ in range(2)]
+    assert asked[0] == asked[1]
+    assert renderer.opening(question) == renderer._render(question, prompt=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("user", "human").replace("assistant", "bot")
+    tokenizer.chat_template = "{{ 'x' }}" + tokenizer.chat_template
+    assert renderer.opening(question) == renderer._render(question, prompt=True) != asked[0][0]
+
+
+def test_a_template_that_writes_the_time_is_rendered_anew():
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = "{# {{ strftime_now('%H:%M') }} #}" + tokenizer.chat_template
+    renderer = Renderer(tokenizer)
+    renderer.opening([Message("user", "hi")])
+    renderer.opening([Message("user", "hi")])
+    assert renderer._opening.cache_info().hits == 0
+
+
+def test_the_short_ways_are_taken_only_where_they_give_the_same():
+    """A tokenizer whose own ways do more than its backend and its template is asked by its own ways."""
+
+    class Loud(type(load_tokenizer("tiny"))):
+        def encode(self, text, **options):
+            return [*super().encode(text, **options), 3]
+
+        def apply_chat_template(self, *args, **options):
+            return super().apply_chat_template(*args, **options).upper()
+
+    plain, loud = load_tokenizer("tiny"), load_tokenizer("tiny")
+    loud.__class__ = Loud
+    chat = [{"role": "user", "content": "hi"}]
+    for tokenizer in (plain, loud):
+        assert list(encoder(tokenizer)("a b")) == tokenizer.encode("a b", add_special_tokens=False)
+        wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert writer(tokenizer)(chat, True, None) == wanted
+    assert list(encoder(plain)("a b")) != list(encoder(loud)("a b"))
+
+
+def test_messages_with_tool_calls_are_rendered_though_their_arguments_do_not_hash(renderer):
+    call = ToolCall("lookup", {"order": "7"})
+    said = [Message("user", "hi"), Message("assistant", "CALL", (call,)), Message("tool", "shipped")]
+    assert renderer.opening(said) == renderer._render(said, prompt=True)
