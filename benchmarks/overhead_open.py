@@ -2,8 +2,8 @@
 
 Every answer of the environment takes a uniformly drawn time, `wait` seconds on average. Conversations begin
 spread over the length of one; who ends is replaced. Meanwhile a probe asks to be woken every 10 ms: the
-lag is how much later than asked it is. Memory is that of conversations that have two turns behind them:
-traced allocations (all of Python's, numpy's too), and the process's resident memory.
+lag is how much later than asked it is. Memory is that of conversations that have two turns behind them, by
+traced allocations: all of Python's, and not those of libraries in C.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from itertools import count
 from typing import Any
 
 import numpy as np
-import psutil
 
 from stateset_ray.config import RolloutConfig
 from stateset_ray.environments.echo import Echo
@@ -108,26 +107,27 @@ async def _lag(renderer: Renderer, number: int, wait: float, seconds: float) -> 
 
 
 async def _memory(renderer: Renderer, number: int) -> dict[str, Any]:
-    """Bytes of an open conversation before its last answer: first resident, then traced ones."""
-    resident = await _opened(renderer, number, lambda: int(psutil.Process().memory_info().rss))
+    """Bytes of an open conversation before its last answer."""
     tracemalloc.start()
-    traced = await _opened(renderer, min(number, 1_000), lambda: tracemalloc.get_traced_memory()[0])
-    tracemalloc.stop()
-    return {"bytes_per_conversation": {"traced": round(traced), "resident": round(resident)}}
+    try:
+        held = await _opened(renderer, min(number, 1_000))
+    finally:
+        tracemalloc.stop()
+    return {"bytes_per_conversation": round(held)}
 
 
-async def _opened(renderer: Renderer, number: int, held: Any) -> float:
+async def _opened(renderer: Renderer, number: int) -> float:
     gate = asyncio.Event()
     gc.collect()
-    before = held()
+    before, _ = tracemalloc.get_traced_memory()
     talks = [asyncio.create_task(_play(renderer, _Waiting(gate=gate), i), name="talk") for i in range(number)]
     await asyncio.sleep(0)  # each goes as far as it can
     gc.collect()
-    after = held()
+    after, _ = tracemalloc.get_traced_memory()
     gate.set()
     if None in await asyncio.gather(*talks):
         raise RuntimeError("a conversation failed")
-    return float(after - before) / number
+    return (after - before) / number
 
 
 async def _play(renderer: Renderer, environment: Echo, index: int) -> float | None:
