@@ -13,14 +13,13 @@ import ray
 from benchmarks.conversations import GROUP, Partner, Script, render
 from stateset_ray.actors.placement import cluster
 from stateset_ray.actors.run import open_run
-from stateset_ray.actors.weights import split
 from stateset_ray.config import Config, RolloutConfig, load_config
 from stateset_ray.learner.learner import Learner
 from stateset_ray.models import Hardware, load_model
 from stateset_ray.policies.base import ReplyRequest
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
-from stateset_ray.policies.weights import decode
+from stateset_ray.policies.weights import decode, split
 from stateset_ray.rollout import rollout
 from stateset_ray.train import train_step
 from stateset_ray.types import Trajectory

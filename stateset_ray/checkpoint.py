@@ -39,13 +39,17 @@ from stateset_ray.manifest import (
     Checkpoint,
     encode,
     failpoint,
+    peek,
     seal,
     sync_folder,
     verify,
     write_synced,
 )
 
-__all__ = ["Checkpoint", "abort", "begin", "commit", "latest", "open_checkpoint", "save", "verify"]
+__all__ = [
+    "Checkpoint", "abort", "begin", "commit", "latest", "open_checkpoint", "peek", "pointed", "save",
+    "verify",
+]  # fmt: skip
 
 _POINTER = "latest"
 _STALE = re.compile(r".+\.tmp-[0-9a-f]{32}")
@@ -225,13 +229,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _walk(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+def pointed(root: Path) -> str:
+    """The name of what was committed last, not verified; empty where that is not known."""
     try:
-        pointed = STEP_FOLDER.fullmatch((root / _POINTER).read_text(encoding="utf-8").strip())
+        return (Path(root) / _POINTER).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        pointed = None  # a lost pointer loses nothing: start at the newest
+        return ""
+
+
+def _walk(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    newest = STEP_FOLDER.fullmatch(pointed(root))  # a lost pointer loses nothing: start at the newest
     folders = sorted(_steps(root), key=lambda f: (-f[0], len(f[1].name)))  # whole names before `.old-`
-    last = int(pointed[1]) if pointed else max((step for step, _ in folders), default=0)
+    last = int(newest[1]) if newest else max((step for step, _ in folders), default=0)
     problems: list[CheckpointError] = []
     for _, folder in [f for f in folders if f[0] <= last] + [f for f in folders if f[0] > last]:
         try:

@@ -26,6 +26,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "PublishConfig",
     "RolloutConfig",
     "RunConfig",
     "TrainConfig",
@@ -189,6 +190,21 @@ class TrainConfig(_Section):
     """Evaluate on held-out tasks every so many steps; 0: only before and after."""
 
 
+class PublishConfig(_Section):
+    """How new weights come from the learner to the engines."""
+
+    transport: Literal["object_store", "folder", "collective"] = "object_store"
+    """Ray's object store; a shared folder of safetensors; broadcasts between rank 0 and the engines."""
+    folder: str = ""
+    """Of transport folder, on storage that all nodes share; empty: `weights` in the run's folder."""
+    keep: int = Field(default=2, ge=1)
+    """Versions that stay in that folder."""
+    bucket_mib: int = Field(default=64, ge=1)
+    """Of one broadcast of transport collective (NCCL where learner and engines have GPUs, else gloo)."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds of silence after which a broadcast goes on without who is silent."""
+
+
 class EvaluateConfig(_Section):
     """Held-out evaluation: same tasks, same seeds, every time."""
 
@@ -231,6 +247,7 @@ class Config(_Section):
     grpo: ObjectiveConfig = ObjectiveConfig()
     learner: LearnerConfig = LearnerConfig()
     train: TrainConfig = TrainConfig()
+    publish: PublishConfig = PublishConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -257,6 +274,16 @@ class Config(_Section):
             raise ValueError(
                 f"cluster.engine_gpus = {self.cluster.engine_gpus} is for no one: set rollout.engines, or "
                 "cluster.worker_gpus for the engines inside the workers"
+            )
+        if self.publish.transport == "collective" and not rollout.engines:
+            raise ValueError(
+                "publish.transport = 'collective' broadcasts to engines apart from the workers: set "
+                "rollout.engines, or leave the transport at 'object_store'"
+            )
+        if self.publish.folder and self.publish.transport != "folder":
+            raise ValueError(
+                f"publish.folder = {self.publish.folder!r} is for no one: publish.transport is "
+                f"{self.publish.transport!r}, not 'folder'"
             )
         if self.train.updates_per_step > self.train.tasks_per_step:
             raise ValueError(

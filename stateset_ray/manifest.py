@@ -27,6 +27,7 @@ __all__ = [
     "Checkpoint",
     "encode",
     "failpoint",
+    "peek",
     "seal",
     "sync_folder",
     "verify",
@@ -99,6 +100,19 @@ def verify(path: Path) -> Checkpoint:
     except OSError as error:
         raise _damaged(path, f"{error.filename or path}: {error.strerror}") from error
     return Checkpoint(path, body["step"], body["meta"])
+
+
+def peek(path: Path) -> Checkpoint:
+    """What the manifest of a checkpoint says, its files not looked at.
+
+    Raises:
+        CheckpointError: it has no manifest, or one that was changed.
+    """
+    try:
+        body = _read(Path(path))
+    except OSError as error:
+        raise _damaged(path, f"{error.filename or path}: {error.strerror}") from error
+    return Checkpoint(Path(path), body["step"], body["meta"])
 
 
 def seal(folder: Path, step: int, meta: Mapping[str, Any]) -> None:

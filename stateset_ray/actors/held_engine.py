@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import ray
 
+from stateset_ray.actors.publishing.transports import receiver
 from stateset_ray.config import Config
 from stateset_ray.models import choose_hardware, generation_stop_ids, load_model, load_tokenizer
 from stateset_ray.policies.base import Policy, Reply, ReplyRequest
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
-from stateset_ray.policies.weights import decode
 
 __all__ = ["HeldEngine", "Inference", "renderer_of"]
 
@@ -28,8 +28,7 @@ class Inference(Policy, Protocol):
 
         Args:
             version: of the policy.
-            weights: {"refs": references to the encoded weights, "lineage": see `PublishedWeights`}; nested,
-                so that they are fetched only by who does not hold them yet.
+            weights: what `PublishedWeights.told` tells; fetched only by who does not hold them yet.
         """
         ...
 
@@ -65,6 +64,7 @@ class HeldEngine:
         )  # fmt: skip
         self._engine.version = _NO_WEIGHTS
         self._lineage = 0
+        self._receiver = receiver(config)
         self._loading = asyncio.Lock()
 
     async def hold(self, version: int, weights: Mapping[str, Any], *, forget: bool = True) -> None:
@@ -73,21 +73,24 @@ class HeldEngine:
         Args:
             forget: drop what is cached where the version is held already.
         """
-        engine = self._engine
-        async with self._loading:
-            if self._lineage == weights["lineage"] and engine.version >= version:
-                # What is played must not depend, to the last bit, on what was played before with the same
-                # weights: an evaluation, say, which a resumed run does not repeat.
-                if forget:
-                    engine.forget()
-                return
-            if not weights["refs"]:  # nothing was published: the weights it was built with
-                engine.version = version
-                return
-            parts = await asyncio.gather(*weights["refs"])
-            tensors = {name: decode(array) for part in parts for name, array in part.items()}
-            await engine.load_weights(version, tensors)
-            self._lineage = weights["lineage"]
+        engine, lineage, handle = self._engine, weights["lineage"], weights["handle"]
+        if not self._holds(version, lineage):  # who may be answered already need not wait for what comes
+            async with self._loading:
+                if not self._holds(version, lineage):
+                    if handle is None:  # nothing was published: the weights it was built with
+                        engine.version = version
+                        return
+                    arrived = await self._receiver.fetch(version, lineage, handle)
+                    await engine.load_weights(arrived.version, arrived.tensors)
+                    self._lineage = lineage
+                    return
+        # What is played must not depend, to the last bit, on what was played before with the same weights:
+        # an evaluation, say, which a resumed run does not repeat.
+        if forget:
+            engine.forget()
+
+    def _holds(self, version: int, lineage: int) -> bool:
+        return self._lineage == lineage and self._engine.version >= version
 
     async def reply(self, request: ReplyRequest) -> Reply:
         """See `Policy.reply`."""

@@ -1,7 +1,7 @@
 """One inference engine: a Ray actor that answers the conversations of many rollout workers.
 
 It never speaks with weights that it does not have: every request names the version that must answer and
-carries a reference to it, so that a restarted engine heals itself before it answers anything.
+carries its handle, so that a restarted engine heals itself before it answers anything.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stateset_ray.actors.held_engine import HeldEngine, renderer_of
+from stateset_ray.actors.publishing.folder import sees
 from stateset_ray.config import Config
 from stateset_ray.policies.base import Reply, ReplyRequest
 
@@ -44,12 +45,19 @@ class InferenceEngine:
         await self._engine()
         return {"pid": os.getpid()}
 
+    async def hold(self, version: int, weights: Mapping[str, Any]) -> None:
+        """Fetch a version now, before somebody asks for a reply with it; see `Inference.hold`."""
+        # Other conversations may be between two turns: what they have cached stays.
+        await (await self._engine()).hold(version, weights, forget=False)
+
     async def reply(self, version: int, weights: Mapping[str, Any], request: ReplyRequest) -> Reply:
         """Sample one reply with this version of the weights, or a newer one; see `Policy.reply`."""
-        engine = await self._engine()
-        # Other conversations may be between two turns: what they have cached stays.
-        await engine.hold(version, weights, forget=False)
-        return await engine.reply(request)
+        await self.hold(version, weights)
+        return await (await self._engine()).reply(request)
+
+    def sees(self, root: str, token: str) -> tuple[bool, str]:
+        """See `publishing.folder.sees`."""
+        return sees(root, token)
 
     async def release(self, conversation: str) -> None:
         """See `Policy.release`."""

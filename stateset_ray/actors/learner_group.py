@@ -22,8 +22,10 @@ from ray.exceptions import ObjectLostError
 
 from stateset_ray.actors.jobs import GroupPayload, SampleSize
 from stateset_ray.actors.placement import Placement
+from stateset_ray.actors.publishing.base import PublishedWeights
+from stateset_ray.actors.publishing.folder import root_of, write_probe
+from stateset_ray.actors.publishing.transports import sender
 from stateset_ray.actors.remote import get
-from stateset_ray.actors.weights import PARTS, PublishedWeights, split
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, LearnerError, LearnerLost, StatesetError
 from stateset_ray.learner.batch import Item, MiniBatch, plan
@@ -80,6 +82,7 @@ class LearnerRank:
         self._rank = rank
         self._learner: Learner | None = None
         self._secured: list[GroupPayload] = []
+        self._sender = sender(config)
 
     def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
         return f"LearnerRank-{self._rank}"
@@ -146,10 +149,14 @@ class LearnerRank:
         """Make the policy as it is now the reference."""
         self._ready().refresh_reference()
 
-    def export(self) -> tuple[Any, ...]:
-        """None and the encoded weights in parts, on rank 0 only; the first of these results is there so
-        that success can be seen without fetching the others."""
-        return None, *split(self._ready().export_weights())
+    def publish(self, version: int, lineage: int, root: str) -> Any:
+        """Make the weights ready to be fetched; see `Sender.send`."""
+        results = self._sender.send(self._ready(), version, lineage, root)
+        return results if len(results) > 1 else results[0]
+
+    def write_probe(self, root: str) -> tuple[str, str]:
+        """See `publishing.folder.write_probe`."""
+        return write_probe(root)
 
     def save(self, folder: str) -> None:
         """This rank's part of a checkpoint: the model (rank 0) and the state."""
@@ -278,10 +285,23 @@ class LearnerGroup:
         return list(self._all([self._ranks[0].secure.remote({"refs": list(payloads)})], "fetching groups")[0])
 
     def publish(self, version: int, lineage: int = 0) -> PublishedWeights:
-        """Put the weights into the object store, under their version."""
-        calls = [rank.export.options(num_returns=1 + PARTS).remote() for rank in self._ranks]
-        self._all([done for done, *_ in calls], "an export of the weights")
+        """Make the weights ready to be fetched under their version, through the configured transport."""
+        results, root = sender(self._config).results, root_of(self._config)
+        calls = [
+            rank.publish.options(num_returns=results).remote(version, lineage, root) for rank in self._ranks
+        ]
+        if results == 1:
+            return PublishedWeights(version, self._all(calls, "a publication of the weights")[0], lineage)
+        self._all([done for done, *_ in calls], "a publication of the weights")
         return PublishedWeights(version, tuple(calls[0][1:]), lineage)
+
+    def write_probe(self, root: str) -> tuple[str, str]:
+        """Let rank 0 leave a file in a folder; see `publishing.folder.write_probe`."""
+        limit = self._config.cluster.wait_seconds
+        token, node = get(
+            self._ranks[0].write_probe.remote(root), timeout=limit, waiting_for="the learner to write a file"
+        )
+        return str(token), str(node)
 
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference of the KL."""

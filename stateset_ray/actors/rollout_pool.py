@@ -22,10 +22,10 @@ from stateset_ray.actors.flight import Collected, Flight, GroupHandle
 from stateset_ray.actors.inference_pool import inference_engines
 from stateset_ray.actors.jobs import GroupJob, GroupReport
 from stateset_ray.actors.placement import Placement, import_paths
+from stateset_ray.actors.publishing.base import PublishedWeights
 from stateset_ray.actors.remote import await_ready, cause_of, get
 from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.actors.roster import Roster, Stream, Worker
-from stateset_ray.actors.weights import PublishedWeights
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, WaitTimeout
 from stateset_ray.types import StopReason
@@ -57,6 +57,7 @@ class RolloutPool:
         self._deaths = 0
         self._quiet_since = time.monotonic()
         self.weights: PublishedWeights | None = None
+        self._announced: list[Any] = []
 
     @property
     def capacity(self) -> int:
@@ -75,6 +76,21 @@ class RolloutPool:
         # Asked again after a restart: a question has no effects.
         asked = [engine.ready.options(max_task_retries=-1).remote() for engine in self._engines]
         return [facts["pid"] for facts in self._ask(asked)]
+
+    @property
+    def receivers(self) -> list[Any]:
+        """The actors that fetch weights: the engines apart, or the workers with an engine of their own."""
+        return list(self._engines) or [w.actor for w in self._roster.live]
+
+    def announce(self) -> None:
+        """Let all receivers of the published weights fetch them now; does not wait for them.
+
+        One that fails, or is not there, will fetch them when it is asked for a reply.
+        """
+        assert self.weights is not None
+        self._announced = [
+            actor.hold.remote(self.weights.version, self.weights.told) for actor in self._engines
+        ]
 
     def stats(self) -> list[dict[str, float]]:
         """What every live worker's engine has done, or its router: `EngineStats`, `Router.stats`."""
@@ -264,7 +280,7 @@ class RolloutPool:
         for job in jobs:
             self._flights[job.id].counts.dispatched += job.size
         stream = worker.actor.play.options(num_returns="streaming").remote(
-            weights.version, {"refs": weights.refs, "lineage": weights.lineage}, list(jobs)
+            weights.version, weights.told, list(jobs)
         )
         worker.streams[stream] = Stream({job.id: job for job in jobs}, suspect)
 

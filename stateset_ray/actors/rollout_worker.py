@@ -2,8 +2,8 @@
 
 An engine of its own answers them, or engines elsewhere do, which it reaches through a router.
 
-It never speaks of weights it does not have: every `play` names the version it wants and carries a
-reference to it, so that a restarted worker heals itself before it answers anything.
+It never speaks of weights it does not have: every `play` names the version it wants and carries its
+handle, so that a restarted worker heals itself before it answers anything.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from stateset_ray.actors.held_engine import HeldEngine, Inference, renderer_of
 from stateset_ray.actors.jobs import GroupJob, GroupPayload, GroupReport, report_on
+from stateset_ray.actors.publishing.folder import sees
 from stateset_ray.actors.router import Router
 from stateset_ray.config import Config
 from stateset_ray.environments.base import construct, load_environment
@@ -94,8 +95,7 @@ class RolloutWorker:
         Args:
             version: the oldest version that may answer; a newer one may come while they are played, and
                 takes over between two turns of a conversation.
-            weights: {"refs": references to the encoded weights, "lineage": see `PublishedWeights`}; nested,
-                so that they are fetched only if this worker does not hold them yet.
+            weights: what `PublishedWeights.told` tells; fetched only if this worker does not hold them yet.
             jobs: what to play.
 
         Yields:
@@ -132,6 +132,10 @@ class RolloutWorker:
     def stats(self) -> dict[str, float]:
         """What the engine has done so far, or the router; see `EngineStats` and `Router.stats`."""
         return self._loaded().stats()
+
+    def sees(self, root: str, token: str) -> tuple[bool, str]:
+        """See `publishing.folder.sees`."""
+        return sees(root, token)
 
     def _loaded(self) -> Inference:
         if self._inference is None:

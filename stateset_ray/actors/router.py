@@ -41,7 +41,7 @@ class Router:
         self._watches: set[asyncio.Task[None]] = set()
         self._home: dict[str, int] = {}
         self._version = 0
-        self._weights: Mapping[str, Any] = {"refs": (), "lineage": 0}
+        self._weights: Mapping[str, Any] = {"handle": None, "lineage": 0}
         self._requests = self._moved = 0
 
     async def hold(self, version: int, weights: Mapping[str, Any]) -> None:

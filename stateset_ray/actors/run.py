@@ -19,6 +19,7 @@ from stateset_ray.actors.jobs import GroupPayload
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.lookahead import Lookahead
 from stateset_ray.actors.placement import cluster, place
+from stateset_ray.actors.publishing.folder import check_shared, root_of
 from stateset_ray.actors.record import step_record
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
@@ -126,6 +127,8 @@ class Run:
         """Make the learners' weights the ones that every worker answers with, from its next turn on."""
         self.pool.weights = None  # the object store need not hold the old version beside the new one
         self.pool.weights = self.learners.publish(version, self.learners.restarts)
+        if self.config.publish.transport == "collective":
+            self.pool.announce()  # a broadcast is for all at once
         self.version = version
 
     def evaluate(self, name: str) -> None:
@@ -331,6 +334,8 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
         placement = stack.enter_context(place(config))
         pool = stack.enter_context(rollout_pool(config, placement))
         learners = stack.enter_context(learner_group(config, placement))
+        if config.publish.transport == "folder":
+            check_shared(learners, pool.receivers, root_of(config), config.cluster.wait_seconds)
         run = Run(config, folder, environment, pool, learners, meter, on_event)
         stack.enter_context(_stopping(run))
         if resume:

@@ -26,7 +26,7 @@ _MAY_CHANGE = (
     "learner.logit_chunk", "learner.share_prefix", "learner.gradient_checkpointing", "learner.attention",
     "model.threads",
 )  # fmt: skip
-_MAY_CHANGE_SECTIONS = ("cluster.", "evaluate.")
+_MAY_CHANGE_SECTIONS = ("cluster.", "evaluate.", "publish.")
 
 
 def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:

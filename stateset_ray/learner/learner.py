@@ -278,9 +278,9 @@ class Learner:
     def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._hardware.device)
 
-    def export_weights(self) -> dict[str, npt.NDArray[Any]]:
-        """The weights by name on rank 0 (see `policies.weights`), {} elsewhere; call it on all ranks."""
-        return self._engine.export()
+    def export_weights(self, *, copy: bool = True) -> dict[str, npt.NDArray[Any]]:
+        """The weights by name on rank 0, {} elsewhere; call it on all ranks. See `LearnerEngine.export`."""
+        return self._engine.export(copy=copy)
 
     def save_model(self, folder: str | Path) -> None:
         """Write the model in the Hugging Face layout into `folder`: weights, configuration, tokenizer.
@@ -290,7 +290,7 @@ class Learner:
         Raises:
             CheckpointError: it cannot be written.
         """
-        weights = self.export_weights()
+        weights = self.export_weights(copy=False)
         if self.rank != 0:
             return
         try:

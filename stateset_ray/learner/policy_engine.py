@@ -48,12 +48,13 @@ class PolicyEngine:
         """See `LearnerEngine.copy_into`."""
         self._policy.copy_into(model, self._gather)
 
-    def export(self) -> dict[str, npt.NDArray[Any]]:
+    def export(self, *, copy: bool = True) -> dict[str, npt.NDArray[Any]]:
         """See `LearnerEngine.export`."""
         exported = {}
         for name, tensor in self._policy.weights(self._gather):
             if self.rank == 0:
-                exported[name] = encode(tensor)
+                # What was gathered for this moment is gone in the next.
+                exported[name] = encode(tensor, copy=copy or hasattr(tensor, "ds_id"))
         return exported
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:

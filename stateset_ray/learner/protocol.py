@@ -96,13 +96,17 @@ class LearnerEngine(Protocol):
         """The sum of a tensor over the ranks, in place."""
         ...
 
-    def export(self) -> dict[str, npt.NDArray[Any]]:
+    def export(self, *, copy: bool = True) -> dict[str, npt.NDArray[Any]]:
         """Weights by name, tied ones once (`models.state_tensors`), encoded as in `policies.weights`.
 
         The names are those of the Hugging Face model; adapters are merged into what they adapt.
 
+        Args:
+            copy: False for who reads them before the next update: what lies whole in main memory is then
+                given as it is, and changes with the policy.
+
         Returns:
-            Copies in main memory on rank 0; {} on the others.
+            Arrays in main memory on rank 0; {} on the others.
         """
         ...
 

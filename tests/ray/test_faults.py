@@ -14,8 +14,8 @@ import ray
 from playground import Playground, gone, on_fifo, small
 
 from stateset_ray.actors.credit import policy_batch
+from stateset_ray.actors.publishing.base import PublishedWeights
 from stateset_ray.actors.run import Run, open_run
-from stateset_ray.actors.weights import PublishedWeights
 from stateset_ray.metrics import JsonLines
 from stateset_ray.train import train_step
 
@@ -143,7 +143,9 @@ def test_a_broken_engine_is_tried_again_and_then_reported(run: Run) -> None:
     good = run.pool.weights
     assert good
     broken = {
-        name: np.full_like(array, np.nan) for part in ray.get(list(good.refs)) for name, array in part.items()
+        name: np.full_like(array, np.nan)
+        for part in ray.get(list(good.handle))
+        for name, array in part.items()
     }
     Playground.plan = {}
     run.pool.weights = PublishedWeights(10**6, (ray.put(broken),), lineage=99)

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from stateset_ray.actors.router import Router
 from stateset_ray.policies.base import Reply, ReplyRequest
 
-NONE = {"refs": (), "lineage": 0}
+NONE = {"handle": None, "lineage": 0}
 
 
 class Engine:
@@ -111,7 +111,7 @@ def test_every_request_names_the_newest_version_and_a_new_lineage_goes_back():
         await router.reply(request("a"))
         await router.hold(4, NONE)  # late
         await router.reply(request("a"))
-        await router.hold(2, {"refs": (), "lineage": 1})
+        await router.hold(2, {"handle": None, "lineage": 1})
         await router.reply(request("a"))
         return [version for version, _ in engine.asked]
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stateset_ray.actors.weights import PARTS, split
-from stateset_ray.policies.weights import decode, encode
+from stateset_ray.policies.weights import PARTS, decode, encode, split
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
@@ -23,6 +22,14 @@ def test_what_is_sent_does_not_change_with_the_model() -> None:
     with torch.no_grad():
         tensor += 1
     assert not array.any()
+
+
+def test_without_a_copy_it_is_the_memory_that_is_there_where_it_can_be() -> None:
+    tensor = torch.zeros(2, 3)
+    shared, turned = encode(tensor, copy=False), encode(tensor.T, copy=False)
+    tensor += 1
+    assert shared.all()
+    assert not turned.any()
 
 
 def test_a_transposed_tensor_keeps_its_values() -> None:

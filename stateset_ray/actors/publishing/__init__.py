@@ -1,0 +1,1 @@
+"""How a version of the policy comes from the learner to the engines: one protocol, three transports."""
