@@ -15,8 +15,9 @@ the learner exports, by one thread, in the same process and under the same load,
 | `engines`    | of these, from then until all engines hold the version; the rest is their answers       |
 | `copy_twice` | copying the weights into new memory, twice                                             |
 | `copy_warm`  | copying them twice into memory that was written before: no page is asked of the system  |
-| `ratio`      | `seconds` by `copy_twice`, publication by publication; the median                      |
+| `ratio`      | `seconds` by `copy_twice`, both medians; `of_each`: publication by publication          |
 | `replies`    | that conversations got meanwhile; one that failed would have ended the benchmark       |
+| `reply`      | seconds of one of these, on average: a version waits for the turns that are under way   |
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class _Bench:
         self._router = Router(engines)
         self._version = 0
         self._replies = 0
+        self._turns: list[float] = []
         self._vocabulary = config_only(config.model.name).vocab_size
 
     async def publications(self, repeats: int) -> dict[str, Any]:
@@ -143,14 +145,17 @@ class _Bench:
         found: list[dict[str, float]] = []
         for turn in range(repeats + 1):
             copies = await asyncio.to_thread(self._copy)
-            before = self._replies
+            before, self._turns = self._replies, []
             measured = await self._publish()
             if turn:
-                ratio = measured["seconds"] / copies["copy_twice"]
-                found.append({**measured, **copies, "ratio": ratio, "replies": self._replies - before})
+                waits = statistics.fmean(self._turns) if self._turns else 0.0
+                found.append({**measured, **copies, "reply": waits, "replies": self._replies - before})
+        medians = {key: statistics.median(one[key] for one in found) for key in found[0]}
         return {
-            key: round(statistics.median(one[key] for one in found), 3) for key in found[0]
-        } | {"of_each": [round(one["ratio"], 2) for one in found]}  # fmt: skip
+            "ratio": round(medians["seconds"] / medians["copy_twice"], 2),
+            **{key: round(value, 3) for key, value in medians.items()},
+            "of_each": [round(one["seconds"] / one["copy_twice"], 2) for one in found],
+        }
 
     def _copy(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -190,7 +195,9 @@ class _Bench:
         turn = 0
         while True:
             request = self._request(f"conversation {index}", turn, _REPLY)
+            started = time.perf_counter()
             await self._router.reply(request)
+            self._turns.append(time.perf_counter() - started)
             self._router.release(request.conversation)
             self._replies += 1
             turn += 1

@@ -202,7 +202,7 @@ class PublishConfig(_Section):
     bucket_mib: int = Field(default=64, ge=1)
     """Of one broadcast of transport collective (NCCL where learner and engines have GPUs, else gloo)."""
     timeout: float = Field(default=60.0, gt=0)
-    """Seconds of silence after which a broadcast goes on without who is silent."""
+    """Seconds of silence after which a broadcast goes on without who is silent; for a folder's lock."""
 
 
 class EvaluateConfig(_Section):

@@ -30,10 +30,14 @@ def test_a_run_with_engines_apart_is_the_run_without(tmp_path: Path) -> None:
     assert all(abs(r["kl_mismatch"]) < 1e-4 for r in other)
 
 
-def test_a_killed_engine_costs_no_conversation_and_comes_back_with_the_weights_of_now(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["object_store", "folder", "collective"])
+def test_a_killed_engine_costs_no_conversation_and_comes_back_with_the_weights_of_now(
+    tmp_path: Path, transport: str
+) -> None:
     config = small(
         tmp_path, "rollout.engines=2", "train.steps=3", 'environment.path="playground:Playground"',
-        "rollout.turn_timeout=120",
+        "rollout.turn_timeout=120", f"publish.transport={transport}",
+        "publish.timeout=10",
     )  # fmt: skip
     fifo = tmp_path / "fifo"
     Playground.plan = {}

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,33 @@ from stateset_ray.policies.flat_weights import FlatWeights, places
 pytestmark = pytest.mark.timeout(60)
 
 SHAPES = {"a": (700, 500), "b": (3,), "c": (400_000,)}  # 3 MB: several pieces of 1 MiB
+
+
+@pytest.fixture
+def made() -> Iterator[list[Any]]:
+    """Senders and receivers of a test, which are closed after it."""
+    both: list[Any] = []
+    yield both
+    for one in both:
+        one.close()
+
+
+@pytest.fixture
+def new_sender(made: list[Any]) -> Callable[..., CollectiveSender]:
+    def make(engines: int, timeout: float = 20.0) -> CollectiveSender:
+        made.append(CollectiveSender(config(engines, timeout)))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture
+def new_receiver(made: list[Any]) -> Callable[..., CollectiveReceiver]:
+    def make(timeout: float = 20.0) -> CollectiveReceiver:
+        made.append(CollectiveReceiver(config(1, timeout)))
+        return made[-1]
+
+    return make
 
 
 def config(engines: int, timeout: float = 20.0) -> Config:
@@ -52,9 +80,9 @@ async def gather(
     return [one.version for one in arrived]
 
 
-def test_a_version_comes_to_all_engines_in_one_broadcast_and_the_group_stays() -> None:
-    sender = CollectiveSender(config(2))
-    receivers = [CollectiveReceiver(config(2)) for _ in range(2)]
+def test_a_version_comes_to_all_engines_in_one_broadcast(new_sender, new_receiver) -> None:
+    sender = new_sender(2)
+    receivers = [new_receiver() for _ in range(2)]
 
     async def main() -> list[list[int]]:
         return [await gather(receivers, version, publish(sender, version)) for version in (1, 2, 3)]
@@ -63,19 +91,19 @@ def test_a_version_comes_to_all_engines_in_one_broadcast_and_the_group_stays() -
     assert sender._epoch == 1  # one group for all three
 
 
-def test_only_rank_0_keeps_weights() -> None:
-    sender = CollectiveSender(config(1))
+def test_only_rank_0_keeps_weights(new_sender) -> None:
+    sender = new_sender(1)
     assert publish(sender, 1, rank=1) is None
     assert sender._weights is None
 
 
-def test_an_engine_that_comes_back_gets_the_version_alone_and_at_once() -> None:
-    sender = CollectiveSender(config(2))
-    receivers = [CollectiveReceiver(config(2)) for _ in range(2)]
+def test_an_engine_that_comes_back_gets_the_version_alone_and_at_once(new_sender, new_receiver) -> None:
+    sender = new_sender(2)
+    receivers = [new_receiver() for _ in range(2)]
 
     async def main() -> list[list[int]]:
         found = [await gather(receivers, 1, publish(sender, 1))]
-        receivers[0] = CollectiveReceiver(config(2))  # as after a restart: it knows nothing
+        receivers[0] = new_receiver()  # as after a restart: it knows nothing
         started = time.monotonic()
         found.append(await gather(receivers[:1], 1, handle_of(sender)))
         assert time.monotonic() - started < 4  # nobody was waited for
@@ -89,20 +117,20 @@ def handle_of(sender: CollectiveSender) -> Meeting:
     return Meeting(sender._address, sender._store.port)
 
 
-def test_who_asks_late_gets_the_newest() -> None:
-    sender = CollectiveSender(config(1))
+def test_who_asks_late_gets_the_newest(new_sender, new_receiver) -> None:
+    sender = new_sender(1)
 
     async def main() -> list[int]:
         publish(sender, 1)
-        return await gather([CollectiveReceiver(config(1))], 1, publish(sender, 2))
+        return await gather([new_receiver()], 1, publish(sender, 2))
 
     assert asyncio.run(main()) == [2]
 
 
-def test_engines_go_on_without_one_that_is_dead() -> None:
+def test_engines_go_on_without_one_that_is_dead(new_sender, new_receiver) -> None:
     """It asks for a seat and never takes it, as if it had died in between: the others do not hang."""
-    sender = CollectiveSender(config(3, timeout=2))
-    receivers = [CollectiveReceiver(config(3, timeout=2)) for _ in range(2)]
+    sender = new_sender(3, timeout=2)
+    receivers = [new_receiver(timeout=2) for _ in range(2)]
 
     async def main() -> list[int]:
         handle = publish(sender, 1)
@@ -115,24 +143,24 @@ def test_engines_go_on_without_one_that_is_dead() -> None:
     assert time.monotonic() - started < 30
 
 
-def test_a_learner_that_died_is_an_infrastructure_fault_with_its_address() -> None:
+def test_a_learner_that_died_is_an_infrastructure_fault_with_its_address(new_receiver) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=1))
-    receiver = CollectiveReceiver(config(1, timeout=1))
+    receiver = new_receiver(timeout=0.5)
     with pytest.raises(InfrastructureFault, match="did not come by broadcast") as caught:
         asyncio.run(receiver.fetch(1, 0, Meeting("127.0.0.1", store.port)))  # nobody answers there
     assert caught.value.given == f"127.0.0.1:{store.port}"
 
 
-def test_weights_of_another_lineage_are_refused() -> None:
-    sender = CollectiveSender(config(1))
+def test_weights_of_another_lineage_are_refused(new_sender, new_receiver) -> None:
+    sender = new_sender(1)
     handle = publish(sender, 5, lineage=1)
     with pytest.raises(InfrastructureFault, match="version 5 of lineage 1 came"):
-        asyncio.run(CollectiveReceiver(config(1)).fetch(5, 0, handle))
+        asyncio.run(new_receiver().fetch(5, 0, handle))
 
 
-def test_a_fetch_whose_caller_gave_up_disturbs_no_other() -> None:
-    sender = CollectiveSender(config(1))
-    receiver = CollectiveReceiver(config(1))
+def test_a_fetch_whose_caller_gave_up_disturbs_no_other(new_sender, new_receiver) -> None:
+    sender = new_sender(1)
+    receiver = new_receiver()
 
     async def main() -> list[int]:
         first = asyncio.ensure_future(receiver.fetch(1, 0, publish(sender, 1)))

@@ -39,6 +39,9 @@ def test_a_config_survives_its_own_toml(tmp_path):
         ("train.steps", "section.key=value"),
         ("train.steps.more=3", "train.steps"),
         ("cluster.engine_gpus=1", "is for no one"),
+        ("publish.transport=collective", "set rollout.engines"),
+        ("publish.transport=carrier_pigeon", "publish.transport"),
+        ("publish.folder=weights", "publish.transport is 'object_store', not 'folder'"),
         ("train.max_staleness=-1", "train.max_staleness"),
     ],
 )

@@ -76,6 +76,8 @@ class CollectiveSender:
         self._group: BroadcastGroup | None = None
         self._members: tuple[str, ...] = ()
         self._epoch = 0
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def send(self, learner: Learner, version: int, lineage: int, root: str) -> tuple[Any, ...]:
         """See `Sender.send`; waits for a broadcast of the version before, if one is under way."""
@@ -100,13 +102,22 @@ class CollectiveSender:
         )
         self._store.set("weights", json.dumps(weights.described()))
         self._store.set("asks", "")
-        threading.Thread(target=self._serve, name="weights", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="weights", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._leave()
+        self._store = None
 
     def _serve(self) -> None:
-        """Gather those that ask and broadcast to them, for as long as this process lives."""
+        """Gather those that ask and broadcast to them, until this is closed or the process ends."""
         asks: dict[str, Mapping[str, Any]] = {}
         since = 0.0
-        while True:
+        while not self._closed.is_set():
             came = self._came()
             since = since if asks else time.monotonic()
             asks |= {ask["member"]: ask for ask in came}
@@ -186,6 +197,11 @@ class CollectiveReceiver:
         self._fetching = asyncio.ensure_future(asyncio.to_thread(self._fetch, version, lineage, handle))
         # A broadcast cannot be left in the middle: it goes on when its caller is cancelled.
         return await asyncio.shield(self._fetching)
+
+    def close(self) -> None:
+        """Leave the group and the store."""
+        self._leave()
+        self._store = self._meeting = None
 
     def _fetch(self, version: int, lineage: int, meeting: Meeting) -> Arrived:
         problem: Exception | None = None

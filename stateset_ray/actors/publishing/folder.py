@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,18 @@ class FolderSender:
 class FolderReceiver:
     """Verifies and maps a version's files; implements `Receiver`."""
 
+    def __init__(self) -> None:
+        # Of its own: those of the event loop may all be with environments that block.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+
     async def fetch(self, version: int, lineage: int, handle: Any) -> Arrived:
         """See `Receiver.fetch`.
 
         Raises:
             CheckpointError: the version is damaged, or gone and there is no newer one.
         """
-        return await asyncio.to_thread(_read, version, lineage, Path(handle))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, _read, version, lineage, Path(handle))
 
 
 def _read(version: int, lineage: int, folder: Path) -> Arrived:

@@ -22,6 +22,8 @@ Backend = Literal["gloo", "nccl"]
 
 _WINDOW = {"gloo": 4, "nccl": 2}  # pieces that are under way at once
 _SENDER = 0
+_NEVER = timedelta(days=1)
+_MEETING = timedelta(seconds=15)  # at most: every member has just asked for its seat, and waits to take it
 
 
 class BroadcastGroup:
@@ -47,8 +49,10 @@ class BroadcastGroup:
         self._backend = backend
         self._timeout = timedelta(seconds=timeout)
         meeting = distributed.PrefixStore(f"group/{epoch}", store)
-        self._group = _make(backend, meeting, rank, size, address, self._timeout)
+        self._group = _make(backend, meeting, rank, size, address, min(_MEETING, self._timeout))
         self._buffers: list[torch.Tensor] = []
+        # Apart from the stream that the process computes on: neither waits for the other.
+        self._stream = torch.cuda.Stream() if backend == "nccl" else None
 
     def broadcast(self, weights: FlatWeights, piece_bytes: int) -> None:
         """Send or receive all of it, in pieces.
@@ -56,6 +60,12 @@ class BroadcastGroup:
         Raises:
             RuntimeError: a member died or was silent too long; the group must be closed.
         """
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            self._broadcast(weights, piece_bytes)
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _broadcast(self, weights: FlatWeights, piece_bytes: int) -> None:
         window, under_way = _WINDOW[self._backend], deque[tuple[Any, torch.Tensor, torch.Tensor]]()
 
         def finish() -> None:
@@ -72,11 +82,9 @@ class BroadcastGroup:
                 here = self._buffer(number % window, piece_bytes)[: len(piece)]
                 if self._sends:
                     here.copy_(piece, non_blocking=True)
-            under_way.append((self._group.broadcast(here, _SENDER), piece, here))
+            under_way.append((self._group.broadcast(here, _SENDER, self._timeout), piece, here))
         while under_way:
             finish()
-        if self._backend == "nccl":
-            torch.cuda.synchronize()
 
     def _buffer(self, index: int, size: int) -> torch.Tensor:
         while len(self._buffers) <= index:
@@ -96,7 +104,7 @@ def _make(
     if backend == "nccl":
         nccl = distributed.ProcessGroupNCCL.Options()
         # Ours are the limits, and they only break the group; NCCL's own would end the process.
-        nccl._timeout = 10 * timeout
+        nccl._timeout = _NEVER
         return distributed.ProcessGroupNCCL(store, rank, size, nccl)
     gloo = distributed.ProcessGroupGloo._Options()
     gloo._devices = [distributed.ProcessGroupGloo.create_device(hostname=address)]
