@@ -24,7 +24,7 @@ from stateset_ray.actors.jobs import GroupPayload, SampleSize
 from stateset_ray.actors.placement import Placement
 from stateset_ray.actors.publishing.base import PublishedWeights
 from stateset_ray.actors.publishing.folder import root_of, write_probe
-from stateset_ray.actors.publishing.transports import sender
+from stateset_ray.actors.publishing.transports import results, sender
 from stateset_ray.actors.remote import get
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, LearnerError, LearnerLost, StatesetError
@@ -151,8 +151,8 @@ class LearnerRank:
 
     def publish(self, version: int, lineage: int, root: str) -> Any:
         """Make the weights ready to be fetched; see `Sender.send`."""
-        results = self._sender.send(self._ready(), version, lineage, root)
-        return results if len(results) > 1 else results[0]
+        sent = self._sender.send(self._ready(), version, lineage, root)
+        return sent if len(sent) > 1 else sent[0]
 
     def write_probe(self, root: str) -> tuple[str, str]:
         """See `publishing.folder.write_probe`."""
@@ -286,13 +286,14 @@ class LearnerGroup:
 
     def publish(self, version: int, lineage: int = 0) -> PublishedWeights:
         """Make the weights ready to be fetched under their version, through the configured transport."""
-        results, root = sender(self._config).results, root_of(self._config)
+        count, root = results(self._config), root_of(self._config)
         calls = [
-            rank.publish.options(num_returns=results).remote(version, lineage, root) for rank in self._ranks
+            rank.publish.options(num_returns=count).remote(version, lineage, root) for rank in self._ranks
         ]
-        if results == 1:
-            return PublishedWeights(version, self._all(calls, "a publication of the weights")[0], lineage)
-        self._all([done for done, *_ in calls], "a publication of the weights")
+        what = "a publication of the weights"
+        if count == 1:
+            return PublishedWeights(version, self._all(calls, what)[0], lineage)
+        self._all([done for done, *_ in calls], what)
         return PublishedWeights(version, tuple(calls[0][1:]), lineage)
 
     def write_probe(self, root: str) -> tuple[str, str]:

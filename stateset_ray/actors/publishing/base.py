@@ -63,9 +63,6 @@ class Arrived:
 class Sender(Protocol):
     """The learner's side of a transport, one on each rank."""
 
-    results: int
-    """How many values `send` returns."""
-
     def send(self, learner: Learner, version: int, lineage: int, root: str) -> tuple[Any, ...]:
         """Make the weights ready to be fetched. Called on ALL ranks: the export is collective.
 
@@ -75,8 +72,8 @@ class Sender(Protocol):
             root: where a transport through files keeps its versions.
 
         Returns:
-            On rank 0, the handle; where there is more than one value, the handle is their references but
-            the first's, which tells the controller of success.
+            On rank 0 one value, the handle. Where there are more (`transports.results`), the handle is the
+            references to all but the first, which tells the controller of success.
 
         Raises:
             StatesetError: they cannot be published.

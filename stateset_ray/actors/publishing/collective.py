@@ -58,8 +58,6 @@ class CollectiveSender:
         config: of the run.
     """
 
-    results = 1
-
     def __init__(self, config: Config) -> None:
         self._engines = config.rollout.engines
         self._piece = config.publish.bucket_mib << 20

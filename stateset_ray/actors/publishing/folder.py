@@ -38,8 +38,6 @@ class FolderSender:
         config: of the run.
     """
 
-    results = 1
-
     def __init__(self, config: Config) -> None:
         self._config = config
         self._beside: dict[str, bytes] = {}

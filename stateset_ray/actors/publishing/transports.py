@@ -8,7 +8,12 @@ from stateset_ray.actors.publishing.folder import FolderReceiver, FolderSender
 from stateset_ray.actors.publishing.object_store import ObjectStoreReceiver, ObjectStoreSender
 from stateset_ray.config import Config
 
-__all__ = ["receiver", "sender"]
+__all__ = ["receiver", "results", "sender"]
+
+
+def results(config: Config) -> int:
+    """How many values a rank's `Sender.send` returns."""
+    return ObjectStoreSender.results if config.publish.transport == "object_store" else 1
 
 
 def sender(config: Config) -> Sender:
