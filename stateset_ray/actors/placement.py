@@ -78,8 +78,11 @@ def _installed(path: str) -> bool:
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[None]:
+def cluster(config: Config, *, at_least_cpus: float = 0) -> Iterator[None]:
     """Be connected to Ray: use this process's connection, join a cluster, or start one and end it.
+
+    Args:
+        at_least_cpus: logical CPUs of a cluster that is started, where `[rollout]` and `[learner]` say less.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -96,7 +99,7 @@ def cluster(config: Config) -> Iterator[None]:
             # cores, and a spinning thread of one is a stolen core of the other.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # Logical CPUs: on a laptop, actors that take turns may share a core.
-            cpus = max(os.cpu_count() or 1, math.ceil(_totals(config)["CPU"]))
+            cpus = max(os.cpu_count() or 1, math.ceil(max(_totals(config)["CPU"], at_least_cpus)))
             ray.init(
                 address="local", num_cpus=cpus, include_dashboard=config.cluster.dashboard,
                 log_to_driver=True, logging_level="ERROR",

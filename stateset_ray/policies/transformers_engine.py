@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class _Turn:
     prompt: Ids
     future: asyncio.Future[Reply]
     uniforms: np.ndarray[Any, np.dtype[np.float64]]
+    on_token: Callable[[int, float], None] | None = None
     slot: Slot | None = None
     pending: Ids = field(default_factory=lambda: np.zeros(0, np.int32))
     token_ids: list[int] = field(default_factory=list)
@@ -106,8 +107,17 @@ class TransformersEngine:
         self.version = 0
         self.stats = EngineStats()
 
-    async def reply(self, request: ReplyRequest) -> Reply:
-        """Sample one reply; see `Policy.reply`."""
+    async def reply(
+        self, request: ReplyRequest, on_token: Callable[[int, float], None] | None = None
+    ) -> Reply:
+        """Sample one reply; see `Policy.reply`.
+
+        A caller that is cancelled frees its slot before the next forward pass.
+
+        Args:
+            on_token: told each token and its log-probability as it is sampled. It is called between two
+                forward passes, in the event loop's thread, and must neither wait nor raise.
+        """
         if len(request.prompt_ids) + request.max_tokens > self._max_context:
             raise InfrastructureFault(
                 f"a prompt of {len(request.prompt_ids)} tokens and a reply of {request.max_tokens} "
@@ -120,6 +130,7 @@ class TransformersEngine:
             np.asarray(request.prompt_ids, np.int32),
             asyncio.get_running_loop().create_future(),
             np.random.default_rng(request.seed).random(request.max_tokens),
+            on_token,
         )
         self._waiting.append(turn)
         self._idle.clear()
@@ -275,6 +286,8 @@ class TransformersEngine:
         for turn, token, logprob in zip(turns, drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
             turn.token_ids.append(token)
             turn.logprobs.append(logprob)
+            if turn.on_token is not None:
+                turn.on_token(token, logprob)
             if not np.isfinite(logprob):
                 self._finish(turn, error="the model gave no finite probabilities")
             elif token in self._stop_ids or len(turn.token_ids) == turn.request.max_tokens:

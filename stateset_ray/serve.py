@@ -1,0 +1,259 @@
+"""Serve a policy: `stateset-ray serve RUN` on this machine, or the file that a cluster's Serve takes.
+
+On a machine of its own it starts Ray and Serve, blocks until Ctrl-C or SIGTERM, lets what is under way end,
+and leaves nothing behind. On a cluster that it joins it deploys one application and removes that one again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stateset_ray.actors.placement import cluster
+from stateset_ray.config import Config
+from stateset_ray.errors import ClusterError, ConfigError
+from stateset_ray.serving.security import ENVIRONMENT, KeyRing, add_key, entries, is_loopback
+from stateset_ray.serving.settings import ServeSettings
+from stateset_ray.serving.source import Source, checked, pin
+from stateset_ray.settings import apply_override, validated
+
+__all__ = ["Errand", "prepared", "serve", "serve_command", "write_deploy_file"]
+
+_INGRESS_CPUS = 0.1
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What was asked for; the first of `new_key`, `check`, `pin` and `write` is done alone."""
+
+    source: str | None
+    port: int
+    host: str
+    keys: Path | None
+    new_key: str | None
+    admin: bool
+    pin: str | None
+    write: Path | None
+    check: Path | None
+    overrides: tuple[str, ...]
+
+
+def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
+    """Do an errand; `say` shows what a person needs to know.
+
+    Raises:
+        StatesetError: what is wrong, and how to mend it.
+    """
+    if errand.new_key is not None:
+        if errand.keys is None:
+            raise ConfigError(
+                "--new-key needs a file to put the key's hash into", mend="add --keys keys.json"
+            )
+        say(add_key(errand.keys, errand.new_key, admin=errand.admin))
+        return
+    if errand.check is not None:
+        from stateset_ray.serving.deploy_file import check_deploy_file
+
+        check_deploy_file(errand.check)
+        say(f"{errand.check} is as Serve will understand it")
+        return
+    if errand.source is None:
+        raise ConfigError(
+            "there is nothing to serve", mend="give a run's folder, a checkpoint or a model's name"
+        )
+    if errand.pin is not None:
+        run = Source(errand.source).run
+        if run is None:
+            raise ConfigError("only a run can be held at a checkpoint", given=errand.source)
+        pin(run, None if errand.pin == "latest" else errand.pin)
+        say(f"{errand.source} is served from {errand.pin} on, by everyone who follows it")
+        return
+    settings = prepared(errand.source, errand.overrides, errand.host, errand.keys)
+    if errand.write is not None:
+        write_deploy_file(settings, errand.write, errand.host, errand.port)
+        say(f"wrote {errand.write}; now: serve deploy {errand.write}")
+        return
+    serve(
+        settings, host=errand.host, port=errand.port,
+        on_ready=lambda url: say(f"{settings.name} answers at {url} (Ctrl-C stops)"),
+    )  # fmt: skip
+
+
+def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None) -> ServeSettings:
+    """The settings of an endpoint, checked down to the files of its first version; starts nothing.
+
+    Args:
+        source: a run's folder, a checkpoint, or a model's name.
+        overrides: `section.key=value`.
+        host: the address it will listen on: without keys, only a loopback one is accepted.
+        keys: a file of keys.
+
+    Raises:
+        StatesetError: what is wrong, and how to mend it.
+    """
+    for package in ("fastapi", "limits", "yaml"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                "serving needs packages that are not installed", given=package,
+                mend="pip install 'stateset-ray[serve]'",
+            )  # fmt: skip
+    path = Path(source)
+    tree: dict[str, Any] = {"source": str(path.absolute()) if path.exists() else source}
+    for override in overrides:
+        if "." in override.partition("=")[0]:
+            apply_override(tree, override)
+        else:  # the settings of no section
+            inner: dict[str, Any] = {}
+            apply_override(inner, f"endpoint.{override}")
+            tree |= inner["endpoint"]
+    security = tree.setdefault("security", {})
+    if keys is not None:
+        security["keys_file"] = str(keys.absolute())
+    if not (security.get("keys_file") or security.get("keys") or os.environ.get(ENVIRONMENT)):
+        if not is_loopback(host):
+            raise ConfigError(
+                "without API keys a policy is served to this machine only", given=host,
+                mend=f"make a key (stateset-ray serve --new-key NAME --keys keys.json), or set {ENVIRONMENT}",
+            )  # fmt: skip
+        security["open"] = True
+    settings = validated(ServeSettings, tree, "--set")
+    KeyRing(settings.security)
+    found = Source(settings.source)
+    checked(found.first(), found.config(), settings.policy.max_context)
+    return settings
+
+
+def write_deploy_file(settings: ServeSettings, path: Path, host: str, port: int) -> None:
+    """Write the file that `serve deploy` takes.
+
+    Raises:
+        ConfigError: there is a file of that name.
+    """
+    from stateset_ray.serving.deploy_file import deploy_file
+
+    text = deploy_file(settings, host, port, path.name)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(
+            "there is such a file already", given=str(path), mend="choose another name"
+        ) from None
+
+
+def serve(
+    settings: ServeSettings, *, host: str, port: int, address: str = "",
+    on_ready: Callable[[str], None] = lambda url: None, stop: threading.Event | None = None,
+) -> None:  # fmt: skip
+    """Serve until Ctrl-C, SIGTERM, or `stop`; returns when everything under way has ended.
+
+    Args:
+        settings: from `prepared`.
+        address: of a Ray cluster to join; by default RAY_ADDRESS, else a cluster of its own.
+        on_ready: told the base URL once the policy answers.
+        stop: set it to end; for tests and for programs that bring their own signals.
+
+    Raises:
+        StatesetError: it cannot be started.
+    """
+    import ray
+
+    alone = not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
+    if alone:
+        _check_free(host, port)
+    settings = _with_keys_of_environment(settings)
+    cpus = settings.most_replicas * settings.policy.cpus + settings.ingress_replicas * _INGRESS_CPUS
+    config = Config.model_validate({"cluster": {"address": address}})
+    # After Ray is joined, whose own handler of SIGTERM would end the process at once.
+    with cluster(config, at_least_cpus=cpus), _signals(stop or threading.Event()) as ended:
+        _run(settings, host, port, alone, on_ready, ended)
+
+
+def _run(
+    settings: ServeSettings, host: str, port: int, alone: bool,
+    on_ready: Callable[[str], None], ended: threading.Event,
+) -> None:  # fmt: skip
+    from ray import serve as ray_serve
+
+    from stateset_ray.serving.app import build
+    from stateset_ray.serving.deploy_file import APPLICATION
+
+    try:
+        ray_serve.start(
+            http_options={"host": host, "port": port},
+            proxy_location="HeadOnly" if alone else "EveryNode",
+            logging_config={"encoding": "JSON"},
+        )
+        ingress = ray_serve.run(
+            build(settings), name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"}
+        )
+    except Exception as error:  # Serve raises RuntimeError, with the replicas' traceback as text
+        if alone:
+            ray_serve.shutdown()
+        raise ClusterError(
+            f"the endpoint did not come up: {error}",
+            mend="its replicas' logs are in Ray's folder, logs/serve",
+        ) from error
+    try:
+        on_ready(f"http://{host}:{port}/v1")
+        while not ended.wait(1.0):
+            pass
+        _drain(ingress, settings.deadlines.drain)
+    finally:
+        if alone:
+            ray_serve.shutdown()
+        else:
+            ray_serve.delete(APPLICATION)
+
+
+def _drain(ingress: Any, seconds: float) -> None:
+    """Let the ingress finish what is under way while the policy still answers."""
+    if seconds:
+        ingress.broadcast("drain", seconds).results(timeout_s=seconds + 30)
+
+
+def _with_keys_of_environment(settings: ServeSettings) -> ServeSettings:
+    """The same with the hashes of this process's keys: workers elsewhere lack its environment."""
+    found = entries(os.environ.get(ENVIRONMENT, ""))
+    security = settings.security.model_copy(update={"keys": (*settings.security.keys, *found)})
+    return settings.model_copy(update={"security": security})
+
+
+def _check_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of {host} cannot be used: {error.strerror}", mend="choose another with --port"
+            ) from error
+
+
+@contextmanager
+def _signals(ended: threading.Event) -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield ended
+        return
+
+    def end(number: int, frame: Any) -> None:
+        if ended.is_set():
+            raise KeyboardInterrupt
+        ended.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

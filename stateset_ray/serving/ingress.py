@@ -1,0 +1,118 @@
+"""The ingress deployment: HTTP on one side, the policy's replicas on the other. It holds no model.
+
+What Serve raises is put into the words of `dispatch` here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from stateset_ray.errors import InfrastructureFault
+from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
+from stateset_ray.serving.events import Ask, Event
+from stateset_ray.serving.faults import ApiError
+from stateset_ray.serving.gate import Gate
+from stateset_ray.serving.meters import Meters
+from stateset_ray.serving.rates import Rates
+from stateset_ray.serving.redaction import RedactingFilter
+from stateset_ray.serving.routes import routes
+from stateset_ray.serving.security import KeyRing
+from stateset_ray.serving.settings import ServeSettings
+
+__all__ = ["Ingress", "ServePolicies", "ingress_deployment"]
+
+_DRAIN_LOOK = 0.1  # seconds between two looks at what is still under way
+
+
+class ServePolicies:
+    """The policy deployment behind a Serve handle; implements `Policies`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def ask(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
+        """See `Policies.ask`."""
+        # A session does not travel over the second hop by itself.
+        options = {"session_id": ask.session} if ask.session else {}
+        response = self._handle.options(method_name="answer", stream=True, **options).remote(ask)
+        complete = False
+        try:
+            async for events in response:
+                yield events
+            complete = True
+        except BackPressureError:
+            raise PolicyBusy from None
+        except DeploymentUnavailableError:
+            raise ApiError(503, "no_policy", "the policy could not be started", retry_after=10.0) from None
+        except (RayActorError, TaskCancelledError, InfrastructureFault) as error:
+            # Serve cancels what a replica still does when it has waited long enough for it to end.
+            raise PolicyLost from error
+        except RayError as error:
+            if isinstance(getattr(error, "cause", None), InfrastructureFault | RayActorError):
+                raise PolicyLost from error
+            raise
+        finally:
+            if not complete:
+                response.cancel()
+
+    async def status(self) -> dict[str, Any]:
+        """See `Policies.status`."""
+        found: dict[str, Any] = await self._handle.options(method_name="status").remote()
+        return found
+
+    async def statuses(self) -> list[dict[str, Any]]:
+        """See `Policies.statuses`."""
+        found: list[dict[str, Any]] = await self._handle.broadcast("status").results_async()
+        return found
+
+
+class Ingress:
+    """Speaks HTTP; wrapped as a deployment by `ingress_deployment`.
+
+    Args:
+        settings: of the endpoint.
+        policy: a handle to the policy deployment.
+
+    Raises:
+        ConfigError: nobody could use the endpoint, for want of keys.
+    """
+
+    def __init__(self, settings: ServeSettings, policy: Any) -> None:
+        if settings.redact:
+            logging.getLogger("ray.serve").addFilter(RedactingFilter())
+        meters = Meters.of_ray()
+        app = routes(settings, ServePolicies(policy), meters)
+        self._gate = Gate(app, KeyRing(settings.security), Rates(settings.rates), settings, meters)
+
+    def __serve_build_asgi_app__(self) -> Gate:
+        """What Serve sends requests to."""
+        return self._gate
+
+    async def drain(self, seconds: float) -> int:
+        """Take no new requests and wait for those under way; how many were left after so many seconds."""
+        self._gate.draining = True
+        end = asyncio.get_running_loop().time() + seconds
+        while self._gate.running and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(_DRAIN_LOOK)
+        return self._gate.running
+
+
+def ingress_deployment(settings: ServeSettings) -> Any:
+    """The deployment of the ingress, with all that the settings say of it."""
+    return serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        num_replicas=settings.ingress_replicas,
+        # It only passes on: what takes a processor is the policy.
+        ray_actor_options={"num_cpus": 0.1},
+        # Looser than what the ingress itself refuses, so that refusals are in our shape and not Serve's.
+        max_ongoing_requests=settings.ingress_ongoing,
+        graceful_shutdown_timeout_s=settings.deadlines.drain,
+    )

@@ -1,0 +1,188 @@
+"""The knobs of an endpoint: typed arguments of `stateset_ray.serving.app:build`, checked before anything
+starts.
+
+Every default is a value that works on a laptop. They are written to and read from Serve's YAML (`args:`), and
+set by `stateset-ray serve --set section.key=value`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "AutoscalingSettings",
+    "DeadlineSettings",
+    "KeyEntry",
+    "LimitSettings",
+    "PolicySettings",
+    "RateSettings",
+    "SecuritySettings",
+    "ServeSettings",
+    "SwapSettings",
+]
+
+_Scope = Literal["chat", "admin"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class LimitSettings(_Section):
+    """What one request may hold; everything beyond is refused before it costs anything."""
+
+    body_bytes: int = Field(default=1 << 20, ge=1024)
+    depth: int = Field(default=16, ge=4)
+    """Levels of lists and objects in the body."""
+    containers: int = Field(default=10_000, ge=16)
+    """Lists and objects in the body."""
+    messages: int = Field(default=512, ge=1)
+    message_chars: int = Field(default=200_000, ge=1)
+    choices: int = Field(default=8, ge=1)
+    stops: int = Field(default=4, ge=1)
+    stop_chars: int = Field(default=64, ge=1)
+
+
+class DeadlineSettings(_Section):
+    """Seconds until an answer is given up, and its slot is free again."""
+
+    first_token: float = Field(default=60.0, gt=0)
+    idle: float = Field(default=60.0, gt=0)
+    """Between two tokens."""
+    total: float = Field(default=600.0, gt=0)
+    keep_alive: float = Field(default=15.0, gt=0)
+    """A stream in which nothing happened for so long gets a comment, so that nobody in between closes it."""
+    drain: float = Field(default=60.0, ge=0)
+    """What replicas that are stopped are given to finish their answers."""
+
+
+class RateSettings(_Section):
+    """What one key may ask for. In memory they hold for each ingress replica; with Redis for all together."""
+
+    requests: str = Field(default="600/minute", pattern=r"^\d+\s*/\s*(second|minute|hour|day)$")
+    concurrent: int = Field(default=64, ge=1)
+    """Requests of one key that are answered at a time, for each ingress replica."""
+    storage: str = Field(default="memory://", pattern=r"^(memory://|rediss?://.+)$")
+
+
+class KeyEntry(_Section):
+    """A key, as it is kept: by its hash."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    scopes: tuple[_Scope, ...] = ("chat",)
+
+
+class SecuritySettings(_Section):
+    """Who may ask. Without any key nobody may, unless `open` says so."""
+
+    keys_file: Path | None = None
+    """JSON, `{"keys": [KeyEntry, ...]}`; read again when it changes: keys rotate without a restart."""
+    keys: tuple[KeyEntry, ...] = ()
+    """Beside those of the file and of the environment variable STATESET_RAY_API_KEYS."""
+    open: bool = False
+    """Let anyone chat who reaches the port by a loopback name. Never on a network."""
+
+
+class PolicySettings(_Section):
+    """The replicas that hold the model."""
+
+    replicas: int = Field(default=1, ge=1)
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+    slots: int = Field(default=16, ge=1)
+    """Conversations whose cache one replica keeps, and replies that it samples at a time."""
+    ongoing: int = Field(default=32, ge=1)
+    """Requests that one replica takes; those above `slots` wait in it for a slot."""
+    queued: int = Field(default=64, ge=0)
+    """Requests that wait in each ingress replica for a policy replica with room; more are answered 429."""
+    max_context: int = Field(default=0, ge=0)
+    """Tokens of a conversation; 0: `rollout.max_context` of the run."""
+    max_reply_tokens: int = Field(default=0, ge=0)
+    """Tokens that a request may ask for, and gets if it names no limit; 0: what the context has room for."""
+    remembered: int = Field(default=1024, ge=0)
+    """Conversations whose token ids a replica keeps, so that they go on with the ids that were sampled."""
+    threads: int = Field(default=0, ge=0)
+    """Torch threads of a replica; 0: the machine's cores, shared among the replicas."""
+
+
+class SwapSettings(_Section):
+    """How newer checkpoints of the run are taken over."""
+
+    poll_seconds: float = Field(default=5.0, ge=0)
+    """How often the run's folder is looked at; 0: the first checkpoint stays."""
+    probe: str = Field(default="Hello", min_length=1)
+    """What a new checkpoint must answer with finite probabilities before it may answer anyone."""
+
+
+class AutoscalingSettings(_Section):
+    """Replicas by load. Off while `max_replicas` is 0."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=0, ge=0)
+    target_tokens: float = Field(default=2048.0, gt=0)
+    """Tokens, queued and still to sample, that one replica should have before it."""
+    upscale_delay: float = Field(default=10.0, ge=0)
+    downscale_delay: float = Field(default=300.0, ge=0)
+    interval: float = Field(default=2.0, gt=0)
+    """Seconds between two looks."""
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Self:
+        if self.max_replicas and self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas = {self.min_replicas} is more than max_replicas = {self.max_replicas}"
+            )
+        return self
+
+
+class ServeSettings(_Section):
+    """All of an endpoint.
+
+    Attributes:
+        source: a run's folder (newer checkpoints are taken over), one checkpoint, or a model's name.
+        model_id: what clients call it; by default the run's or the folder's name.
+        temperature: of requests that name none.
+
+    Example:
+        >>> ServeSettings(source="runs/shop/checkpoints/step-00000012").name
+        'shop'
+    """
+
+    source: str = Field(min_length=1)
+    model_id: str = Field(default="", pattern=r"^[A-Za-z0-9._/-]{0,128}$")
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    ingress_replicas: int = Field(default=2, ge=1)
+    ingress_ongoing: int = Field(default=256, ge=1)
+    retries: int = Field(default=3, ge=0)
+    """How often a request is sent again whose replica died before its first token."""
+    redact: bool = True
+    """Keep personal data and keys out of log lines."""
+    policy: PolicySettings = PolicySettings()
+    limits: LimitSettings = LimitSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+    rates: RateSettings = RateSettings()
+    security: SecuritySettings = SecuritySettings()
+    swap: SwapSettings = SwapSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
+
+    @property
+    def name(self) -> str:
+        """The model's id."""
+        if self.model_id:
+            return self.model_id
+        path = Path(self.source)
+        if re.fullmatch(r"step-\d+", path.name) and path.parent.name == "checkpoints":
+            path = path.parent.parent
+        elif path.name == "checkpoints":
+            path = path.parent
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-")[:128] or "policy"
+
+    @property
+    def most_replicas(self) -> int:
+        """Policy replicas that there may be."""
+        return max(self.policy.replicas, self.autoscaling.max_replicas)

@@ -1,0 +1,203 @@
+"""Where a policy comes from: a run whose checkpoints are followed, one checkpoint, or a model's name.
+
+A run can be pinned to one of its checkpoints (`serve-pin` in its folder): that is the rollback, which
+outlives replicas because it lies beside what they load. Nothing here is loaded; every byte of a checkpoint is
+compared with its manifest before anybody reads a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from stateset_ray.checkpoint import open_checkpoint
+from stateset_ray.config import Config, load_config
+from stateset_ray.errors import CheckpointError, ConfigError, ModelError
+from stateset_ray.manifest import MANIFEST, verify
+from stateset_ray.models import check_fits, config_only
+
+__all__ = ["Candidate", "Source", "checked", "pin", "pinned"]
+
+_PIN = "serve-pin"
+_STEP = re.compile(r"step-\d{8,}")
+_FOREIGN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
+_ROOM = 2048  # tokens of context where neither the settings nor a run say how many
+_SHORT = 32  # characters of a label's name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Weights that could answer.
+
+    Attributes:
+        model: what `load_model` takes: a folder or a name.
+        label: names the version, in every answer.
+        step: of the checkpoint, -1 for a model that none of our runs has trained.
+        stamp: differs where the same folder was written again.
+        whole: True if its bytes were just compared with its manifest.
+    """
+
+    model: str
+    label: str
+    step: int
+    stamp: int = 0
+    whole: bool = False
+
+
+class Source:
+    """What `ServeSettings.source` names.
+
+    Raises:
+        CheckpointError: it is a folder, and neither a run nor a checkpoint nor a model.
+    """
+
+    def __init__(self, source: str) -> None:
+        path = Path(source)
+        self.run: Path | None = None
+        self._folder: Path | None = None
+        self._name = source
+        if (path / "checkpoints").is_dir():
+            self.run = path.absolute()
+        elif path.name == "checkpoints" and path.is_dir():
+            self.run = path.absolute().parent
+        elif (path / MANIFEST).is_file():
+            self._folder = path.absolute()
+        elif path.is_dir() and not (path / "config.json").is_file():
+            raise CheckpointError(
+                "this folder is neither a run nor a checkpoint nor a model", given=source,
+                mend="give a run's folder, one checkpoint, or a model in the Hugging Face layout",
+            )  # fmt: skip
+
+    def first(self) -> Candidate:
+        """What to begin with: the pinned checkpoint, or else the newest that is whole.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self.run is not None:
+            name = pinned(self.run)
+            place = self.run / "checkpoints" / name if name else self.run
+            return _candidate(open_checkpoint(place).path, whole=True)
+        if self._folder is not None:
+            return _candidate(verify(self._folder).path, whole=True)
+        return Candidate(self._name, f"model-{_plain(Path(self._name).name)}", -1)
+
+    def wanted(self) -> Candidate | None:
+        """What should answer now, unverified; None where nothing is said."""
+        if self.run is None:
+            return None
+        root = self.run / "checkpoints"
+        try:
+            name = pinned(self.run) or (root / "latest").read_text(encoding="utf-8").strip()
+            return _candidate(root / name) if _STEP.fullmatch(name) else None
+        except (OSError, UnicodeDecodeError):
+            return None  # it is being replaced, or was removed since
+
+    def config(self) -> Config:
+        """The configuration that it was trained with; the defaults for a model that is no run's."""
+        run = self.run or (self._folder.parent.parent if self._folder else None)
+        if run is not None and (run / "config.toml").is_file():
+            return load_config(run / "config.toml")
+        return Config()
+
+
+def checked(candidate: Candidate, config: Config, max_context: int) -> int:
+    """Verify a candidate without loading it: its bytes, its kind, its files, its lengths.
+
+    Args:
+        config: of the run.
+        max_context: asked for; 0 for the run's.
+
+    Returns:
+        The context that it is served with, in tokens.
+
+    Raises:
+        CheckpointError: it is not whole, or holds what only code could read.
+        StatesetError: its model cannot be driven, or its positions are too few.
+    """
+    folder = Path(candidate.model)
+    if candidate.step >= 0 and not candidate.whole:
+        verify(folder)
+    if folder.is_dir():
+        _check_files(folder)
+    room = max_context
+    if not room and candidate.step >= 0:
+        room = config.rollout.max_context
+    if not room:
+        positions = getattr(config_only(candidate.model), "max_position_embeddings", None) or _ROOM
+        room = min(_ROOM, positions)
+    check_fits(
+        config.model_copy(
+            update={
+                "model": config.model.model_copy(update={"name": candidate.model}),
+                "rollout": config.rollout.model_copy(update={"max_context": room}),
+            }
+        )
+    )
+    return room
+
+
+def pin(run: Path, name: str | None) -> None:
+    """Hold a run at one of its checkpoints, or (None) let it go on to the newest.
+
+    Raises:
+        ConfigError: this is no checkpoint's name.
+        CheckpointError: the checkpoint is not there, or not whole.
+    """
+    if name is None:
+        (run / _PIN).unlink(missing_ok=True)
+        return
+    if not _STEP.fullmatch(name):
+        raise ConfigError(
+            "this is not the name of a checkpoint", given=name, mend="for example step-00000012"
+        )
+    verify(run / "checkpoints" / name)
+    beside = run / f"{_PIN}.tmp-{uuid.uuid4().hex}"
+    beside.write_text(name + "\n", encoding="utf-8")
+    beside.replace(run / _PIN)
+
+
+def pinned(run: Path) -> str | None:
+    """The checkpoint that a run is held at.
+
+    Raises:
+        CheckpointError: the pin is damaged; it is not overruled.
+    """
+    try:
+        name = (run / _PIN).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError("the pin of this run cannot be read", given=str(run / _PIN)) from error
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(
+            "the pin of this run names no checkpoint", given=str(run / _PIN), mend="remove it"
+        )
+    return name
+
+
+def _candidate(folder: Path, *, whole: bool = False) -> Candidate:
+    manifest = folder / MANIFEST
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]
+    step = int(folder.name.removeprefix("step-").partition(".")[0]) if _STEP.match(folder.name) else 0
+    label = f"{_plain(folder.name)}-{digest}"
+    return Candidate(str(folder), label, step, manifest.stat().st_mtime_ns, whole)
+
+
+def _check_files(folder: Path) -> None:
+    """Only safetensors are ever loaded; what lies beside them must not be mistaken for weights or code."""
+    files = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    if foreign := sorted(name for name in files if name.endswith(_FOREIGN)):
+        raise ModelError(
+            "this folder holds files that could run code when they are read", given=foreign[:5],
+            mend="serve safetensors only: convert the weights and remove these files",
+        )  # fmt: skip
+    if not any(name.endswith(".safetensors") for name in files):
+        raise ModelError("this folder holds no safetensors", given=str(folder), mend="convert the weights")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:_SHORT] or "model"
