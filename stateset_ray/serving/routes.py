@@ -45,6 +45,7 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
     app = FastAPI(title="stateset_ray", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_failure)
     chat = _Chat(settings, policies, meters)
     model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "stateset_ray"}
 
@@ -227,6 +228,11 @@ async def _on_http(_: Request, error: Exception) -> Response:
     known = {404: ("not_found", "there is no such route"), 405: ("method_not_allowed", "not by this method")}
     code, message = known.get(error.status_code, ("refused", "the request was refused"))
     return error_response(ApiError(error.status_code, code, message))
+
+
+async def _on_failure(_: Request, __: Exception) -> Response:
+    """A failure of ours, which the gate writes to the log; clients are told nothing of it."""
+    return error_response(ApiError(500, "internal_error", "the server failed to answer"))
 
 
 def _no_such_model() -> ApiError:

@@ -51,10 +51,11 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest, after the last token."""
-        if not self.stopped:
-            known = self._decode(self._ids[self._window : self._read])
-            self._grow(self._decode(self._ids[self._window :])[len(known) :])
-        return self._release(len(self._raw.rstrip()))
+        if self.stopped:
+            return ""
+        known = self._decode(self._ids[self._window : self._read])
+        text = self._grow(self._decode(self._ids[self._window :])[len(known) :])
+        return text + self._release(len(self._raw.rstrip()))
 
     def _grow(self, text: str) -> str:
         self._window, self._read = self._read, len(self._ids)

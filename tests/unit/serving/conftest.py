@@ -1,0 +1,44 @@
+"""An endpoint without Ray: the real application and the real policy in this process."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from stateset_ray.serving.meters import METRICS, Meters, Metric
+
+
+class Recorder:
+    """In the place of a metric: keeps what was counted."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.counted: Counter[tuple[str, ...]] = Counter()
+        self.values: list[float] = []
+
+    def inc(self, amount, tags):
+        assert set(tags) == set(self.metric.labels)
+        self.counted[tuple(tags.values())] += amount
+
+    def set(self, value):
+        self.values.append(value)
+
+    def observe(self, value, tags):
+        assert set(tags) == set(self.metric.labels)
+        self.values.append(value)
+
+
+@pytest.fixture
+def recorders():
+    return {}
+
+
+@pytest.fixture
+def meters(recorders):
+    names = {metric.name: key for key, metric in METRICS.items()}
+
+    def make(metric):
+        return recorders.setdefault(names[metric.name], Recorder(metric))
+
+    return Meters(make)

@@ -1,0 +1,126 @@
+"""Autoscaling, text, memory, the table of metrics: each alone."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stateset_ray.serving.autoscaling import METRIC, TokensPerReplica, replicas_wanted
+from stateset_ray.serving.memory import ConversationMemory
+from stateset_ray.serving.meters import METRICS
+from stateset_ray.serving.text_stream import TextStream
+from stateset_ray.types import Message
+
+BOUNDS = {"target": 100.0, "low": 1, "high": 8}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "queued", "replicas", "wanted"),
+    [
+        ({}, 0, 1, 1),
+        ({"a": 0}, 0, 1, 1),
+        ({"a": 100}, 0, 1, 1),
+        ({"a": 101}, 0, 1, 2),
+        ({"a": 300, "b": 300}, 0, 2, 6),
+        ({"a": 9000}, 0, 1, 8),
+        ({"a": 50}, 4, 1, 3),  # what waits is worth what runs
+        ({"a": 0}, 4, 1, 4),  # or a target each, if nothing runs
+        ({"a": 10_000}, 2, 1, 8),
+        ({"a": 10}, 0, 2, 2),  # the other is only starting
+        ({"a": 10, "b": 10}, 0, 2, 1),
+        ({}, 3, 0, 3),  # from zero
+    ],
+)  # fmt: skip
+def test_replicas_for_a_load(tokens, queued, replicas, wanted):
+    assert replicas_wanted(tokens, queued, replicas=replicas, **BOUNDS) == wanted
+
+
+@given(
+    st.dictionaries(st.text(), st.floats(0, 1e6), max_size=8), st.integers(0, 1000), st.integers(0, 8),
+    st.floats(1, 1e5),
+)  # fmt: skip
+def test_replicas_stay_in_their_bounds_and_grow_with_the_load(tokens, queued, replicas, target):
+    def wanted(tokens, queued):
+        return replicas_wanted(tokens, queued, replicas=replicas, target=target, low=2, high=6)
+
+    assert 2 <= wanted(tokens, queued) <= 6
+    assert wanted(tokens, queued + 1) >= wanted(tokens, queued)
+    assert wanted({k: v * 2 for k, v in tokens.items()}, queued) >= wanted(tokens, queued)
+
+
+def test_the_policy_reads_what_serve_gives():
+    context = SimpleNamespace(
+        aggregated_metrics={METRIC: {"a": 250.0, "b": 0.0, "dead": 9000.0}}, running_replicas=["a", "b"],
+        total_queued_requests=0, current_num_replicas=2, capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=9,
+    )  # fmt: skip
+    assert TokensPerReplica(target=100)(context) == (3, {})
+    context.aggregated_metrics = None
+    assert TokensPerReplica(target=100)(context) == (2, {})
+
+
+def pieces(tokenizer, ids, stops=()):
+    stream = TextStream(tokenizer, stops)
+    found = []
+    for token in ids:
+        found.append(stream.push(token))
+        if stream.stopped:
+            return found, stream
+    return [*found, stream.finish()], stream
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_pieces_make_the_whole(renderer, data):
+    """Whatever the ids are: half characters, control tokens, spaces at both ends."""
+    size = len(renderer._tokenizer)
+    ids = data.draw(st.lists(st.integers(0, size - 1), max_size=24))
+    found, _ = pieces(renderer._tokenizer, ids)
+    assert "".join(found) == renderer.text(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(min_size=1, max_size=20), st.lists(st.text(min_size=1, max_size=3), max_size=3))
+def test_nothing_of_a_stop_string_is_shown(renderer, text, stops):
+    ids = renderer._tokenizer.encode(text, add_special_tokens=False)
+    found, stream = pieces(renderer._tokenizer, ids, stops)
+    whole = renderer._tokenizer.decode(ids, skip_special_tokens=True)
+    cut = min((whole.find(stop) for stop in stops if stop in whole), default=None)
+    assert "".join(found) == whole[:cut].strip()
+    assert stream.stopped == (cut is not None)
+
+
+def test_what_is_certain_is_shown_at_once(renderer):
+    ids = renderer._tokenizer.encode("ab cd", add_special_tokens=False)
+    assert pieces(renderer._tokenizer, ids)[0] == ["a", "b", "", " c", "d", ""]
+    assert pieces(renderer._tokenizer, ids, ["bx"])[0] == ["a", "", "b", " c", "d", ""]
+
+
+def test_a_known_conversation_goes_on_with_its_ids(renderer):
+    said = (Message("user", "hi"), Message("assistant", "ab"))
+    follow = (*said, Message("user", "more"))
+    prompt = renderer.opening(said[:1])
+    ids = (*prompt, *renderer.reply("ab"))
+    memory = ConversationMemory(2)
+    assert memory.prompt(renderer, "t", follow) == renderer.opening(follow)
+    odd = (*ids[:-2], 7, ids[-1])  # ids that no encoder would choose for these words
+    memory.remember("t", said, odd, stopped=True)
+    assert memory.prompt(renderer, "t", follow) == (*odd, *renderer.suffix(follow[2:]))
+    assert memory.prompt(renderer, "other", follow) == renderer.opening(follow)  # another tenant
+    assert memory.prompt(renderer, "t", follow[:1]) == prompt
+    for text in ("x", "y"):
+        memory.remember("t", (Message("user", text),), ids, stopped=True)
+    assert memory.prompt(renderer, "t", follow) == renderer.opening(follow)  # forgotten
+
+
+def test_the_table_of_metrics_is_sound():
+    names = [metric.name for metric in METRICS.values()]
+    assert len(set(names)) == len(names)
+    for metric in METRICS.values():
+        assert re.fullmatch(r"stateset_[a-z_]+", metric.name)
+        assert (metric.kind == "counter") == metric.name.endswith("_total")
+        assert not {"route", "deployment", "replica", "application"} & set(metric.labels)  # Serve's own

@@ -1,0 +1,202 @@
+"""Where a policy comes from, what is refused of it, and how a replica takes over a newer one."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stateset_ray import checkpoint
+from stateset_ray.config import Config, load_config
+from stateset_ray.errors import CheckpointError, ConfigError, ModelError, StatesetError
+from stateset_ray.models import local_folder
+from stateset_ray.serving.events import Ask, Began
+from stateset_ray.serving.replica import PolicyReplica
+from stateset_ray.serving.settings import PolicySettings, ServeSettings, SwapSettings
+from stateset_ray.serving.source import Source, checked, pin, pinned
+from stateset_ray.types import Message
+
+
+def save(run, step, *, scale=1.0, extra=None):
+    """A checkpoint of the tiny model, its weights multiplied."""
+
+    def write(folder):
+        shutil.copytree(local_folder("tiny"), folder, dirs_exist_ok=True)
+        (folder / ".complete").unlink(missing_ok=True)
+        weights = load_file(folder / "model.safetensors")
+        save_file({k: v * scale for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+        for name, content in (extra or {}).items():
+            (folder / name).write_bytes(content)
+
+    return checkpoint.save(run / "checkpoints", step, write, meta={"version": step, "results": {}}, keep=9)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    settings = ["model.name=tiny", "model.threads=1", "rollout.max_context=128", "model.device=cpu"]
+    (folder / "config.toml").write_text(load_config(None, settings).to_toml())
+    save(folder, 1)
+    return folder
+
+
+def room(source, max_context=0):
+    return checked(source.first(), source.config(), max_context)
+
+
+def test_a_run_a_checkpoint_and_a_name(run):
+    first = Source(str(run))
+    assert first.run == run.absolute()
+    assert first.first().label.startswith("step-00000001-")
+    assert room(first) == 128
+    assert Source(str(run / "checkpoints")).run == run.absolute()
+    one = Source(str(run / "checkpoints" / "step-00000001"))
+    assert one.run is None
+    assert one.first().label == first.first().label
+    assert one.config().rollout.max_context == 128
+    assert one.wanted() is None
+    name = Source("tiny")
+    assert (name.first().model, name.first().step, name.config()) == ("tiny", -1, Config())
+    assert ServeSettings(source=str(run)).name == ServeSettings(source=one.first().model).name == "shop"
+    with pytest.raises(CheckpointError, match="neither a run"):
+        Source(str(run.parent))
+    with pytest.raises(ConfigError, match="positions"):
+        room(first, 10**6)
+
+
+def test_a_newer_checkpoint_is_wanted_and_a_pin_holds_an_older_one(run):
+    source = Source(str(run))
+    save(run, 2)
+    assert source.wanted().step == source.first().step == 2
+    pin(run, "step-00000001")
+    assert pinned(run) == "step-00000001"
+    assert source.wanted().step == source.first().step == 1
+    save(run, 3)
+    assert source.wanted().step == 1
+    pin(run, None)
+    pin(run, None)
+    assert source.wanted().step == 3
+    for name in ("../../etc", "/etc", "step-1", "step-00000001/..", "", "step-00000001\0", "latest", "..%2f"):
+        with pytest.raises(ConfigError):
+            pin(run, name)
+    with pytest.raises(CheckpointError):
+        pin(run, "step-00000099")
+    (run / "serve-pin").write_text("../x")
+    with pytest.raises(CheckpointError, match="pin"):
+        source.first()
+
+
+def test_one_changed_byte_is_refused(run):
+    file = run / "checkpoints" / "step-00000001" / "model.safetensors"
+    body = bytearray(file.read_bytes())
+    body[-1] ^= 1
+    file.write_bytes(body)
+    source = Source(str(run))
+    with pytest.raises(CheckpointError):
+        source.first()
+    with pytest.raises(CheckpointError, match="content"):
+        checked(source.wanted(), source.config(), 0)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "evil.pkl", "modeling_tiny.py", "x.pt"])
+def test_what_could_run_code_is_refused(run, name):
+    save(run, 2, extra={name: b"cos\nsystem\n(S'touch /tmp/x'\ntR."})
+    with pytest.raises(ModelError, match="run code"):
+        room(Source(str(run)))
+
+
+def replica(run, meters, poll=0.0):
+    settings = ServeSettings(
+        source=str(run), policy=PolicySettings(slots=4, threads=1), swap=SwapSettings(poll_seconds=poll)
+    )
+    return PolicyReplica(settings, meters)
+
+
+def ask(**more):
+    fields = {"id": "a", "tenant": "t", "session": "", "messages": (Message("user", "hi"),),
+              "max_tokens": 30, "temperature": 0.0, "seed": 1, "stream": True}  # fmt: skip
+    return Ask(**fields | more)
+
+
+async def version(replica, **more):
+    events = [e async for part in replica.answer(ask(**more)) for e in part]
+    return next(e.version for e in events if isinstance(e, Began))
+
+
+def test_a_swap_while_a_stream_runs(run, meters, recorders):
+    async def play():
+        held = replica(run, meters)
+        await held.start()
+        stream = held.answer(ask())
+        (began,) = await anext(stream)
+        save(run, 2, scale=1.5)
+        assert await held.swap(Source(str(run)).first())
+        assert (await version(held)).startswith("step-00000002-")
+        rest = [e async for part in stream for e in part]  # to its end, by the version it began with
+        assert rest[-1].tokens
+        assert began.version.startswith("step-00000001-")
+        assert (await held.status())["step"] == 2
+        assert recorders["swaps"].counted[("done",)] == 1
+        assert recorders["policy_step"].values == [1, 2]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("wrong", ["nan", "byte", "missing", "code", "config"])
+def test_a_bad_checkpoint_changes_nothing(run, meters, recorders, wrong):
+    async def play():
+        held = replica(run, meters)
+        await held.start()
+        extra = {"code": {"x.pkl": b"x"}, "config": {"config.json": b"{}"}}.get(wrong)
+        path = save(run, 2, scale=float("nan") if wrong == "nan" else 1.0, extra=extra)
+        candidate = Source(str(run)).wanted()
+        if wrong == "byte":
+            with (path / "tokenizer.json").open("ab") as file:
+                file.write(b" ")
+        if wrong == "missing":
+            shutil.rmtree(path)
+        assert not await held.swap(candidate)
+        assert (await version(held)).startswith("step-00000001-")
+        status = await held.status()
+        assert status["step"] == 1
+        assert candidate.label in status["problem"]
+        assert recorders["swaps"].counted == {("refused",): 1}
+
+    asyncio.run(play())
+
+
+def test_the_watcher_takes_over_and_rolls_back(run, meters):
+    async def play():
+        held = replica(run, meters, poll=0.01)
+        await held.start()
+        held.check_health()
+
+        async def reaches(step):
+            async with asyncio.timeout(30):
+                while (await held.status())["step"] != step:
+                    await asyncio.sleep(0.01)
+
+        save(run, 2, scale=1.1)
+        await reaches(2)
+        save(run, 3, scale=float("nan"))
+        async with asyncio.timeout(30):
+            while not (await held.status())["problem"]:
+                await asyncio.sleep(0.01)
+        assert (await held.status())["step"] == 2
+        pin(run, "step-00000001")
+        await reaches(1)
+        assert torch.is_inference_mode_enabled() is False
+        held.check_health()
+        held._watch.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_replica_without_a_whole_checkpoint_does_not_come_up(run, meters):
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    with pytest.raises(StatesetError):
+        asyncio.run(replica(run, meters).start())
