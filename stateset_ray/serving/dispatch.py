@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -58,7 +58,7 @@ class Policies(Protocol):
 
 async def answered(
     policies: Policies, ask: Ask, settings: ServeSettings, meters: Meters
-) -> AsyncIterator[tuple[Event, ...]]:
+) -> AsyncGenerator[tuple[Event, ...]]:
     """The events of one answer; a streamed one in pieces, else all of them at once.
 
     Raises:

@@ -30,7 +30,8 @@ _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
-_OPEN = frozenset({"/healthz", "/readyz", "/health", "/health/live", "/health/ready"})
+_READY = frozenset({"/readyz", "/health/ready"})
+_OPEN = frozenset({"/healthz", "/health", "/health/live"}) | _READY
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # By these any client could switch off the proxy's time limit, its cancellation, or its choice of replica.
 _STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id")
@@ -123,6 +124,8 @@ class Gate:
             if name in headers:
                 raise ApiError(400, "unsupported_header", f"the header {name} is not accepted", name)
         if path in _OPEN:
+            if self.draining and path in _READY:
+                raise self._draining()
             return None
         if self._keys.open and not is_loopback(_host(headers.get("host", ""))):
             # A page of another site can make a browser ask this machine; it cannot forge this header.
@@ -133,7 +136,7 @@ class Gate:
         else:
             caller.need("chat")
         if self.draining:
-            raise ApiError(503, "draining", "this server is being stopped", retry_after=1.0)
+            raise self._draining()
         if visit.scope["method"] == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
@@ -141,6 +144,9 @@ class Gate:
             if headers.get("content-encoding", "identity") != "identity":
                 raise ApiError(415, "unsupported_encoding", "send the body as it is, not compressed")
         return caller
+
+    def _draining(self) -> ApiError:
+        return ApiError(503, "draining", "this server is being stopped", retry_after=1.0)
 
     def _record(self, visit: _Visit) -> None:
         route = getattr(visit.scope.get("route"), "path", "none")

@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -153,6 +153,7 @@ class _Chat:
         self._meters.observe("first_token_seconds", time.monotonic() - started)
         headers = {_VERSION: answer.version}
         if not wanted.stream:
+            await events.aclose()
             return JSONResponse(answer.completion(), headers=headers)
         headers["x-accel-buffering"] = "no"  # proxies that would collect the stream
         body = self._stream(answer, events, wanted.include_usage)
@@ -181,7 +182,7 @@ class _Chat:
         )
 
     async def _stream(
-        self, answer: Answer, events: AsyncIterator[tuple[Event, ...]], usage: bool
+        self, answer: Answer, events: AsyncGenerator[tuple[Event, ...]], usage: bool
     ) -> AsyncIterator[bytes]:
         pending: asyncio.Task[tuple[Event, ...] | None] | None = None
         try:
@@ -209,11 +210,11 @@ class _Chat:
             if pending is not None:
                 pending.cancel()
                 await asyncio.gather(pending, return_exceptions=True)
-            await events.aclose()  # type: ignore[attr-defined]  # frees what it still holds
+            await events.aclose()  # frees what it still holds
         yield DONE
 
 
-async def _next(events: AsyncIterator[tuple[Event, ...]]) -> tuple[Event, ...] | None:
+async def _next(events: AsyncGenerator[tuple[Event, ...]]) -> tuple[Event, ...] | None:
     return await anext(events, None)
 
 

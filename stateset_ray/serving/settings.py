@@ -98,7 +98,7 @@ class PolicySettings(_Section):
     """Conversations whose cache one replica keeps, and replies that it samples at a time."""
     ongoing: int = Field(default=32, ge=1)
     """Requests that one replica takes; those above `slots` wait in it for a slot."""
-    queued: int = Field(default=64, ge=0)
+    queued: int = Field(default=64, ge=1)
     """Requests that wait in each ingress replica for a policy replica with room; more are answered 429."""
     max_context: int = Field(default=0, ge=0)
     """Tokens of a conversation; 0: `rollout.max_context` of the run."""

@@ -414,6 +414,9 @@ def test_draining_takes_nothing_new(make):
         with pytest.raises(openai.InternalServerError) as caught:
             await client(gate).models.list()
         assert caught.value.code == "draining"
+        async with raw(gate) as web:
+            assert (await web.get("/readyz")).status_code == 503
+            assert (await web.get("/healthz")).status_code == 200
 
     asyncio.run(play())
 
