@@ -46,6 +46,7 @@ def deploy_file(settings: ServeSettings, host: str, port: int, name: str = "FILE
                 "name": APPLICATION,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
+                "logging_config": {"encoding": "JSON"},
                 "args": settings.model_dump(mode="json", exclude_defaults=True),
             }
         ],

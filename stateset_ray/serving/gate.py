@@ -11,7 +11,6 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import nullcontext
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -96,10 +95,11 @@ class Gate:
             visit.caller = caller
             visit.scope.setdefault("state", {})["caller"] = caller
             visit.limit(self._settings.limits.body_bytes)
-            chat = visit.scope["path"].startswith("/v1/")
-            if chat:
-                await self._rates.count(caller.name)
-            with self._rates.running(caller.name) if chat else nullcontext():
+            if _is_admin(visit.path):
+                await self._app(visit.scope, visit.receive, visit.send)
+                return
+            await self._rates.count(caller.name)
+            with self._rates.running(caller.name):
                 await self._app(visit.scope, visit.receive, visit.send)
         except ApiError as error:
             if error.status == 429:
@@ -115,7 +115,7 @@ class Gate:
         Raises:
             ApiError: the request goes no further.
         """
-        headers, path = visit.headers, visit.scope["path"]
+        headers, path = visit.headers, visit.path
         if not _ID.fullmatch(headers.get(_REQUEST_ID, visit.id)):
             raise ApiError(
                 400, "invalid_header", "x-request-id must be 1 to 128 plain characters", _REQUEST_ID
@@ -131,10 +131,7 @@ class Gate:
             # A page of another site can make a browser ask this machine; it cannot forge this header.
             raise ApiError(403, "wrong_host", "without API keys this endpoint answers to localhost only")
         caller = self._keys.caller(headers.get("authorization"))
-        if path.startswith("/admin/"):
-            caller.need("admin")
-        else:
-            caller.need("chat")
+        caller.need("admin" if _is_admin(path) else "chat")
         if self.draining:
             raise self._draining()
         if visit.scope["method"] == "POST":
@@ -171,6 +168,8 @@ class _Visit:
         self._proxied = _REQUEST_ID in self.headers
         self.id = self.headers.get(_REQUEST_ID) or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
+        # An application may be mounted below a prefix, which is no part of its routes.
+        self.path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
         self.caller: Caller | None = None
         self.started = time.monotonic()
         self.status = 499  # the client left before there was any
@@ -218,6 +217,10 @@ class _Visit:
 def error_response(error: ApiError) -> JSONResponse:
     """An error as every client gets it."""
     return JSONResponse(error.body(), error.status, error.headers())
+
+
+def _is_admin(path: str) -> bool:
+    return path == "/admin" or path.startswith("/admin/")
 
 
 def _host(header: str) -> str:

@@ -98,8 +98,9 @@ def _add_health(app: FastAPI, policies: Policies) -> None:
 
 def _add_admin(app: FastAPI, settings: ServeSettings, policies: Policies) -> None:
     @app.get("/admin/weights")
-    async def weights() -> dict[str, Any]:
+    async def weights(request: Request) -> dict[str, Any]:
         """What every policy replica holds."""
+        _caller(request).need("admin")  # as the gate has seen to; a mistake there must not open this
         return {"replicas": await policies.statuses()}
 
     @app.post("/admin/weights")
@@ -108,6 +109,7 @@ def _add_admin(app: FastAPI, settings: ServeSettings, policies: Policies) -> Non
 
         The replicas follow within `swap.poll_seconds`.
         """
+        _caller(request).need("admin")
         body = parse_json(await request.body(), settings.limits)
         if body.keys() != {"checkpoint"} or not isinstance(body["checkpoint"], str | None):
             raise ApiError(
@@ -160,7 +162,7 @@ class _Chat:
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
     def _ask(self, request: Request, wanted: ChatRequest) -> Ask:
-        caller: Caller = request.scope["state"]["caller"]
+        caller = _caller(request)
         session = request.headers.get("x-session-id") or wanted.prompt_cache_key or ""
         if len(session) > 256:
             raise ApiError(
@@ -212,6 +214,11 @@ class _Chat:
                 await asyncio.gather(pending, return_exceptions=True)
             await events.aclose()  # frees what it still holds
         yield DONE
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
 
 
 async def _next(events: AsyncGenerator[tuple[Event, ...]]) -> tuple[Event, ...] | None:

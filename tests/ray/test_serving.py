@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -29,6 +29,7 @@ from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
 from stateset_ray.serving.security import add_key
 from stateset_ray.serving.settings import (
+    AutoscalingSettings,
     PolicySettings,
     RateSettings,
     SecuritySettings,
@@ -75,6 +76,7 @@ class Endpoint:
     key: str
     admin: str
     run: Path
+    keys: Path
 
     def client(self, key: str | None = None) -> openai.OpenAI:
         return openai.OpenAI(
@@ -112,7 +114,7 @@ def endpoint(local_ray, tmp_path_factory):
         rates=RateSettings(requests="100000/minute", concurrent=1000),
         security=SecuritySettings(keys_file=keys),
     )
-    made = Endpoint("", add_key(keys, "shop"), add_key(keys, "boss", admin=True), folder / "shop")
+    made = Endpoint("", add_key(keys, "shop"), add_key(keys, "boss", admin=True), folder / "shop", keys)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     serve.run(build(settings), name="policy", route_prefix="/")
@@ -132,8 +134,8 @@ def load(endpoint: Endpoint, clients: int = 4, **more):
             while not over.is_set():
                 try:
                     answer = ai.chat.completions.create(
-                        model="shop", messages=HI, max_tokens=20, extra_headers={"x-session-id": str(number)},
-                        **more,
+                        model="shop", messages=HI, extra_headers={"x-session-id": str(number)},
+                        **{"max_tokens": 20} | more,
                     )  # fmt: skip
                     told[str(answer.system_fingerprint)[:13]] += 1
                 except Exception as error:
@@ -320,6 +322,31 @@ def test_a_replica_is_killed_without_a_failed_request(endpoint):
         while sum(told.values()) < count + 8:
             time.sleep(0.01)
     assert not failed(told)
+
+
+def test_replicas_follow_the_load(endpoint):
+    """Live, up and down, by the tokens that wait; a second application below a prefix of its own."""
+    from ray import serve
+
+    from stateset_ray.serving.app import build
+
+    settings = ServeSettings(
+        source=str(endpoint.run / "checkpoints" / "step-00000001"),
+        policy=PolicySettings(threads=1, slots=2),
+        ingress_replicas=1,
+        security=SecuritySettings(keys_file=endpoint.keys),
+        autoscaling=AutoscalingSettings(
+            max_replicas=2, target_tokens=50, upscale_delay=0, downscale_delay=0.5, interval=0.5
+        ),
+    )
+    serve.run(build(settings), name="busy", route_prefix="/busy")
+    busy = replace(endpoint, url=f"{endpoint.url}/busy")
+    assert len(busy.replicas()) == 1
+    with load(busy, max_tokens=400) as told:
+        busy.reaches(lambda replicas: len(replicas) == 2)
+    busy.reaches(lambda replicas: len(replicas) == 1)
+    assert not failed(told)
+    serve.delete("busy")
 
 
 def test_the_command_serves_and_drains(tmp_path):

@@ -276,6 +276,22 @@ def test_admin_routes_need_their_scope(make):
     asyncio.run(play())
 
 
+def test_below_a_prefix_the_same_holds(make):
+    async def play():
+        transport = httpx2.ASGITransport(app=make(), root_path="/shop")
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx2.AsyncClient(
+            transport=transport, base_url="http://localhost", headers=headers
+        ) as web:
+            assert (await web.get("/shop/v1/models")).status_code == 200
+            assert (await web.get("/shop/admin/weights")).status_code == 403
+            del web.headers["authorization"]
+            assert (await web.get("/shop/healthz")).status_code == 200
+            assert (await web.get("/shop/v1/models")).status_code == 401
+
+    asyncio.run(play())
+
+
 def test_an_open_endpoint_answers_to_localhost_only(make):
     gate = make(SETTINGS.model_copy(update={"security": SecuritySettings(open=True)}))
 
