@@ -47,7 +47,7 @@ def _luhn(digits: str) -> bool:
 
 
 class RedactingFilter(logging.Filter):
-    """Redacts the message of every record that passes, its arguments put in first."""
+    """Redacts the message of every record that passes, its arguments put in first, and its traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Never refuses a record."""
@@ -55,4 +55,8 @@ class RedactingFilter(logging.Filter):
         clean = redact(text)
         if clean != text:
             record.msg, record.args = clean, ()
+        if record.exc_info:
+            # Formatters take a text that is there already.
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+            record.exc_info = None
         return True

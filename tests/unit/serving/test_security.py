@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import logging
 import os
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from stateset_ray.errors import ConfigError
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.rates import Rates
-from stateset_ray.serving.redaction import redact
+from stateset_ray.serving.redaction import RedactingFilter, redact
 from stateset_ray.serving.security import ENVIRONMENT, KeyRing, add_key, digest, is_loopback
 from stateset_ray.serving.settings import KeyEntry, RateSettings, SecuritySettings
 
@@ -169,3 +171,18 @@ def test_redaction(text, clean):
 @given(st.from_regex(r"[a-z]{1,10}@[a-z]{1,10}\.(com|de|example)", fullmatch=True), st.text(), st.text())
 def test_no_address_gets_through(address, before, after):
     assert address not in redact(f"{before} {address} {after}")
+
+
+def test_a_record_and_its_traceback_are_redacted():
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    log = logging.Logger("redacted")
+    log.addFilter(RedactingFilter())
+    log.addHandler(handler)
+    log.info("%s wrote", "jo@shop.example")
+    try:
+        raise ValueError("jo@shop.example")
+    except ValueError:
+        log.exception("failed")
+    assert stream.getvalue().startswith("[email] wrote\nfailed\nTraceback")
+    assert stream.getvalue().endswith("ValueError: [email]\n")
