@@ -169,6 +169,11 @@ def serve(
     alone = not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
     if alone:
         _check_free(host, port)
+    elif settings.security.open:
+        raise ConfigError(
+            "on a cluster that is joined, Serve may listen to a network: API keys are needed",
+            mend=f"make one (stateset-ray serve --new-key NAME --keys keys.json), or set {ENVIRONMENT}",
+        )
     settings = _with_keys_of_environment(settings)
     cpus = settings.most_replicas * settings.policy.cpus + settings.ingress_replicas * _INGRESS_CPUS
     config = Config.model_validate({"cluster": {"address": address}})

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from stateset_ray.errors import ConfigError
+from stateset_ray.serving.security import is_loopback
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.settings import validated
 
@@ -75,7 +76,13 @@ def check_deploy_file(source: Mapping[str, Any] | Path) -> None:
         raise ConfigError(f"the Serve file is wrong at {where}: {first['msg']}") from error
     for application in tree["applications"]:
         if application.get("import_path") == IMPORT_PATH:
-            validated(ServeSettings, application.get("args") or {}, "args")
+            settings = validated(ServeSettings, application.get("args") or {}, "args")
+            host = str((tree.get("http_options") or {}).get("host", "0.0.0.0"))  # Serve's default
+            if settings.security.open and not is_loopback(host):
+                raise ConfigError(
+                    "the Serve file lets anyone in who reaches a network address", given=host,
+                    mend="use keys and leave security.open out, or set http_options.host to 127.0.0.1",
+                )  # fmt: skip
 
 
 def unknown_keys(model: type[BaseModel], tree: Any, at: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -21,9 +22,8 @@ import httpx2
 import openai
 import pytest
 
-from stateset_ray import checkpoint
-from stateset_ray.config import ModelConfig, load_config
-from stateset_ray.models import choose_hardware, load_model, load_tokenizer, local_folder
+from stateset_ray.config import ModelConfig
+from stateset_ray.models import choose_hardware, load_model, load_tokenizer
 from stateset_ray.policies.base import ReplyRequest
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
@@ -44,24 +44,8 @@ HI = [{"role": "user", "content": "hi"}]
 PATIENCE = 60.0  # seconds that anything may take on a busy machine
 
 
-def save(run: Path, step: int, scale: float = 1.0) -> Path:
-    """A checkpoint of the tiny model, its weights multiplied."""
-    from safetensors.torch import load_file, save_file
-
-    def write(folder: Path) -> None:
-        shutil.copytree(local_folder("tiny"), folder, dirs_exist_ok=True)
-        weights = load_file(folder / "model.safetensors")
-        save_file({k: v * scale for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-
-    return checkpoint.save(run / "checkpoints", step, write, meta={"version": step, "results": {}}, keep=9)
-
-
-def new_run(folder: Path) -> Path:
-    settings = ["model.name=tiny", "model.threads=1", "rollout.max_context=512", "model.device=cpu"]
-    folder.mkdir()
-    (folder / "config.toml").write_text(load_config(None, settings).to_toml())
-    save(folder, 1)
-    return folder
+_SUPPORT = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "serving" / "support_checkpoints.py"))
+new_run, save = _SUPPORT["new_run"], _SUPPORT["save"]
 
 
 def free_port() -> int:
@@ -108,7 +92,7 @@ def endpoint(local_ray, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
     keys = folder / "keys.json"
     settings = ServeSettings(
-        source=str(new_run(folder / "shop")),
+        source=str(new_run(folder / "shop", 512)),
         policy=PolicySettings(replicas=2, threads=1, slots=4, ongoing=4, queued=4),
         swap=SwapSettings(poll_seconds=0.2),
         rates=RateSettings(requests="100000/minute", concurrent=1000),
@@ -351,7 +335,7 @@ def test_replicas_follow_the_load(endpoint):
 
 def test_the_command_serves_and_drains(tmp_path):
     """`stateset-ray serve` in a process of its own: SIGTERM lets the stream under way end."""
-    run, port = new_run(tmp_path / "shop"), free_port()
+    run, port = new_run(tmp_path / "shop", 512), free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "TQDM_DISABLE": "1"}
     environment.pop("RAY_ADDRESS", None)
     environment.pop("STATESET_RAY_API_KEYS", None)

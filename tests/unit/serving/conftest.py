@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,9 @@ def meters(recorders):
         return recorders.setdefault(names[metric.name], Recorder(metric))
 
     return Meters(make)
+
+
+@pytest.fixture
+def run(tmp_path):
+    support = runpy.run_path(str(Path(__file__).with_name("support_checkpoints.py")))
+    return support["new_run"](tmp_path / "shop", 128)

@@ -73,6 +73,12 @@ def test_a_typo_at_any_level_is_found(tree, path, value, near):
     assert near is None or near in str(caught.value)
 
 
+def test_an_open_endpoint_stays_on_loopback(tree):
+    for options in ({"host": "0.0.0.0"}, {}):
+        with pytest.raises(ConfigError, match="lets anyone in"):
+            check_deploy_file(tree | {"http_options": options})
+
+
 def test_files_that_are_no_files_of_serve(tmp_path):
     path = tmp_path / "x.yaml"
     for text in ("- 1", "a: [", "http_options: {port: x}\napplications: []"):

@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from stateset_ray import checkpoint
-from stateset_ray.config import Config, load_config
+from stateset_ray.config import Config
 from stateset_ray.errors import CheckpointError, ConfigError, ModelError, StatesetError
-from stateset_ray.models import local_folder
 from stateset_ray.serving.events import Ask, Began
 from stateset_ray.serving.replica import PolicyReplica
 from stateset_ray.serving.settings import PolicySettings, ServeSettings, SwapSettings
 from stateset_ray.serving.source import Source, checked, pin, pinned
 from stateset_ray.types import Message
 
-
-def save(run, step, *, scale=1.0, extra=None):
-    """A checkpoint of the tiny model, its weights multiplied."""
-
-    def write(folder):
-        shutil.copytree(local_folder("tiny"), folder, dirs_exist_ok=True)
-        (folder / ".complete").unlink(missing_ok=True)
-        weights = load_file(folder / "model.safetensors")
-        save_file({k: v * scale for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-        for name, content in (extra or {}).items():
-            (folder / name).write_bytes(content)
-
-    return checkpoint.save(run / "checkpoints", step, write, meta={"version": step, "results": {}}, keep=9)
-
-
-@pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "shop"
-    folder.mkdir()
-    settings = ["model.name=tiny", "model.threads=1", "rollout.max_context=128", "model.device=cpu"]
-    (folder / "config.toml").write_text(load_config(None, settings).to_toml())
-    save(folder, 1)
-    return folder
+support = runpy.run_path(str(Path(__file__).with_name("support_checkpoints.py")))
+save = support["save"]
 
 
 def room(source, max_context=0):

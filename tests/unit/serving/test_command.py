@@ -1,0 +1,77 @@
+"""`stateset-ray serve`, as far as it goes without starting Ray."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from stateset_ray.cli import app
+from stateset_ray.errors import ConfigError
+from stateset_ray.serve import prepared, serve
+from stateset_ray.serving.security import ENVIRONMENT
+from stateset_ray.serving.source import pinned
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def told(*arguments, code=0):
+    result = CliRunner().invoke(app, ["serve", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_a_key_is_made_and_kept_by_its_hash(tmp_path):
+    key = told("--keys", "keys.json", "--new-key", "shop").strip()
+    assert key.startswith("sk-ssr-")
+    assert key not in (tmp_path / "keys.json").read_text()
+    assert "of this name" in told("--keys", "keys.json", "--new-key", "shop", code=2)
+    assert "--keys" in told("--new-key", "shop", code=2)
+
+
+def test_no_network_without_keys(run):
+    assert "this machine only" in told(run, "--host", "0.0.0.0", code=2)
+    assert "this machine only" in told(run, "--host", "0.0.0.0", "--set", "security.open=true", code=2)
+    assert prepared(str(run), [], "127.0.0.1", None).security.open
+
+
+def test_a_file_for_serve_is_written_and_checked(run, tmp_path):
+    told("--keys", "keys.json", "--new-key", "shop")
+    arguments = (run, "--keys", "keys.json", "--host", "0.0.0.0", "--write", "policy.yaml")
+    told(*arguments, "--set", "policy.slots=3", "--set", "model_id=shop/v1")
+    tree = yaml.safe_load((tmp_path / "policy.yaml").read_text())
+    args = tree["applications"][0]["args"]
+    assert (args["policy"], args["model_id"], args["source"]) == ({"slots": 3}, "shop/v1", str(run))
+    assert args["security"] == {"keys_file": str(tmp_path / "keys.json")}
+    told("--check", "policy.yaml")
+    assert "already" in told(*arguments, code=2)
+    assert "policy.slots" in told(run, "--set", "policy.slot=3", "--port", "1", code=2)
+
+
+def test_a_run_is_pinned_and_let_go(run):
+    told(run, "--pin", "step-00000001")
+    assert pinned(run) == "step-00000001"
+    assert "damaged" in told(run, "--pin", "step-00000007", code=1)
+    told(run, "--pin", "latest")
+    assert pinned(run) is None
+    assert "only a run" in told("tiny", "--pin", "latest", code=2)
+
+
+def test_a_port_in_use_is_named_before_anything_starts(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port}" in told(run, "--port", port, code=2)
+
+
+def test_a_cluster_that_is_joined_needs_keys(run):
+    with pytest.raises(ConfigError, match="keys are needed"):
+        serve(prepared(str(run), [], "127.0.0.1", None), host="127.0.0.1", port=0, address="10.0.0.1:1")
