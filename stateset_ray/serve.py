@@ -22,7 +22,7 @@ from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, ConfigError
 from stateset_ray.serving.security import ENVIRONMENT, KeyRing, add_key, entries, is_loopback
 from stateset_ray.serving.settings import ServeSettings
-from stateset_ray.serving.source import Source, checked, pin
+from stateset_ray.serving.source import Source, pin
 from stateset_ray.settings import apply_override, validated
 
 __all__ = ["Errand", "prepared", "serve", "serve_command", "write_deploy_file"]
@@ -126,6 +126,8 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
         security["open"] = True
     settings = validated(ServeSettings, tree, "--set")
     KeyRing(settings.security)
+    from stateset_ray.serving.verification import checked  # brings torch, which the lines above do not need
+
     found = Source(settings.source)
     checked(found.first(), found.config(), settings.policy.max_context)
     return settings

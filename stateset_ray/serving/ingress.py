@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from ray import serve
@@ -42,11 +43,13 @@ class ServePolicies:
         # A session does not travel over the second hop by itself.
         options = {"session_id": ask.session} if ask.session else {}
         response = self._handle.options(method_name="answer", stream=True, **options).remote(ask)
-        complete = False
         try:
             async for events in response:
                 yield events
-            complete = True
+        except (asyncio.CancelledError, GeneratorExit):
+            with suppress(Exception):  # it may have failed by itself in the meantime, which `cancel` raises
+                response.cancel()
+            raise
         except BackPressureError:
             raise PolicyBusy from None
         except DeploymentUnavailableError:
@@ -58,9 +61,6 @@ class ServePolicies:
             if isinstance(getattr(error, "cause", None), InfrastructureFault | RayActorError):
                 raise PolicyLost from error
             raise
-        finally:
-            if not complete:
-                response.cancel()
 
     async def status(self) -> dict[str, Any]:
         """See `Policies.status`."""

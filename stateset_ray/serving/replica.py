@@ -29,7 +29,8 @@ from stateset_ray.serving.held_policy import HeldPolicy, load_policy
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.redaction import RedactingFilter
 from stateset_ray.serving.settings import ServeSettings
-from stateset_ray.serving.source import Candidate, Source, checked
+from stateset_ray.serving.source import Candidate, Source
+from stateset_ray.serving.verification import checked
 
 __all__ = ["PolicyReplica", "policy_deployment"]
 

@@ -1,8 +1,8 @@
 """Where a policy comes from: a run whose checkpoints are followed, one checkpoint, or a model's name.
 
 A run can be pinned to one of its checkpoints (`serve-pin` in its folder): that is the rollback, which
-outlives replicas because it lies beside what they load. Nothing here is loaded; every byte of a checkpoint is
-compared with its manifest before anybody reads a weight.
+outlives replicas because it lies beside what they load. No model is loaded here; every byte of a checkpoint
+is compared with its manifest before anybody reads a weight.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from pathlib import Path
 
 from stateset_ray.checkpoint import open_checkpoint
 from stateset_ray.config import Config, load_config
-from stateset_ray.errors import CheckpointError, ConfigError, ModelError
+from stateset_ray.errors import CheckpointError, ConfigError
 from stateset_ray.manifest import MANIFEST, verify
-from stateset_ray.models import check_fits, config_only
 
-__all__ = ["Candidate", "Source", "checked", "pin", "pinned"]
+__all__ = ["Candidate", "Source", "pin", "pinned"]
 
 _PIN = "serve-pin"
 _STEP = re.compile(r"step-\d{8,}")
-_FOREIGN = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
-_ROOM = 2048  # tokens of context where neither the settings nor a run say how many
 _SHORT = 32  # characters of a label's name
 
 
@@ -104,42 +101,6 @@ class Source:
         return Config()
 
 
-def checked(candidate: Candidate, config: Config, max_context: int) -> int:
-    """Verify a candidate without loading it: its bytes, its kind, its files, its lengths.
-
-    Args:
-        config: of the run.
-        max_context: asked for; 0 for the run's.
-
-    Returns:
-        The context that it is served with, in tokens.
-
-    Raises:
-        CheckpointError: it is not whole, or holds what only code could read.
-        StatesetError: its model cannot be driven, or its positions are too few.
-    """
-    folder = Path(candidate.model)
-    if candidate.step >= 0 and not candidate.whole:
-        verify(folder)
-    if folder.is_dir():
-        _check_files(folder)
-    room = max_context
-    if not room and candidate.step >= 0:
-        room = config.rollout.max_context
-    if not room:
-        positions = getattr(config_only(candidate.model), "max_position_embeddings", None) or _ROOM
-        room = min(_ROOM, positions)
-    check_fits(
-        config.model_copy(
-            update={
-                "model": config.model.model_copy(update={"name": candidate.model}),
-                "rollout": config.rollout.model_copy(update={"max_context": room}),
-            }
-        )
-    )
-    return room
-
-
 def pin(run: Path, name: str | None) -> None:
     """Hold a run at one of its checkpoints, or (None) let it go on to the newest.
 
@@ -185,18 +146,6 @@ def _candidate(folder: Path, *, whole: bool = False) -> Candidate:
     step = int(folder.name.removeprefix("step-").partition(".")[0]) if _STEP.match(folder.name) else 0
     label = f"{_plain(folder.name)}-{digest}"
     return Candidate(str(folder), label, step, manifest.stat().st_mtime_ns, whole)
-
-
-def _check_files(folder: Path) -> None:
-    """Only safetensors are ever loaded; what lies beside them must not be mistaken for weights or code."""
-    files = [entry.name for entry in folder.iterdir() if entry.is_file()]
-    if foreign := sorted(name for name in files if name.endswith(_FOREIGN)):
-        raise ModelError(
-            "this folder holds files that could run code when they are read", given=foreign[:5],
-            mend="serve safetensors only: convert the weights and remove these files",
-        )  # fmt: skip
-    if not any(name.endswith(".safetensors") for name in files):
-        raise ModelError("this folder holds no safetensors", given=str(folder), mend="convert the weights")
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,8 @@ from stateset_ray.errors import CheckpointError, ConfigError, ModelError, States
 from stateset_ray.serving.events import Ask, Began
 from stateset_ray.serving.replica import PolicyReplica
 from stateset_ray.serving.settings import PolicySettings, ServeSettings, SwapSettings
-from stateset_ray.serving.source import Source, checked, pin, pinned
+from stateset_ray.serving.source import Source, pin, pinned
+from stateset_ray.serving.verification import checked
 from stateset_ray.types import Message
 
 support = runpy.run_path(str(Path(__file__).with_name("support_checkpoints.py")))

@@ -1,0 +1,96 @@
+"""What Serve raises, in our words; and what the ingress does not load."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from contextlib import aclosing
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from stateset_ray.errors import InfrastructureFault
+from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
+from stateset_ray.serving.faults import ApiError
+from stateset_ray.serving.ingress import ServePolicies
+
+
+class Response:
+    """A handle's response: some events, then an error, which `cancel` raises again, as Serve's does."""
+
+    def __init__(self, error=None):
+        self.error = error
+        self.cancelled = False
+
+    async def __aiter__(self):
+        yield ("event",)
+        if self.error is not None:
+            raise self.error
+        await asyncio.Event().wait()
+
+    def cancel(self):
+        self.cancelled = True
+        if self.error is not None:
+            raise self.error
+
+
+class Handle:
+    def __init__(self, response):
+        self.response = response
+
+    def options(self, **options):
+        self.chosen = options
+        return self
+
+    def remote(self, _):
+        return self.response
+
+
+class _Ask:
+    session = "s"
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (BackPressureError(3, 2), PolicyBusy),
+        (ActorDiedError(), PolicyLost),
+        (TaskCancelledError(), PolicyLost),
+        (InfrastructureFault("x"), PolicyLost),
+        (RayTaskError("f", "trace", InfrastructureFault("x")).as_instanceof_cause(), PolicyLost),
+        (DeploymentUnavailableError("x"), ApiError),
+        (RayTaskError("f", "trace", ValueError("x")).as_instanceof_cause(), RayTaskError),
+    ],
+)
+def test_what_serve_raises(error, wanted):
+    async def play():
+        with pytest.raises(wanted):
+            async for _ in ServePolicies(Handle(Response(error))).ask(_Ask()):
+                pass
+
+    asyncio.run(play())
+
+
+def test_what_is_given_up_is_cancelled():
+    async def play():
+        handle = Handle(Response())
+        async with aclosing(ServePolicies(handle).ask(_Ask())) as answer:
+            await anext(answer)
+        assert handle.response.cancelled
+        assert handle.chosen == {"method_name": "answer", "stream": True, "session_id": "s"}
+        late = Response(BackPressureError(3, 2))  # failed while it was given up
+        async with aclosing(ServePolicies(Handle(late)).ask(_Ask())) as answer:
+            await anext(answer)
+        assert late.cancelled
+
+    asyncio.run(play())
+
+
+def test_an_ingress_replica_loads_no_torch():
+    code = "import sys, stateset_ray.serving.ingress; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout.strip().splitlines()[-1] == "False"
