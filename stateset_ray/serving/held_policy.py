@@ -211,6 +211,8 @@ class HeldPolicy:
         self.tokens -= 1
         if ask.logprobs:
             choice.held.append(TokenLogprob(str(self.tokenizer.decode([token])), logprob))
+        if not (ask.stream or ask.stops):
+            return []  # nobody looks at the text before its end
         text = choice.text.push(token)
         events = self._piece(index, choice, text) if text else []
         if choice.text.stopped:
@@ -226,7 +228,8 @@ class HeldPolicy:
         reply = choice.task.result()  # raises what the engine raised
         choice.ended = True
         self.tokens -= choice.budget - choice.sampled
-        text = choice.text.finish()
+        looked_at = ask.stream or ask.stops
+        text = choice.text.finish() if looked_at else self.renderer.text(reply.token_ids)
         events = self._piece(index, choice, text) if text or choice.held else []
         # A stop string may still be in what was held back to the end.
         stopped = reply.finish == "stop"
