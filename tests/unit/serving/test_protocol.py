@@ -139,10 +139,10 @@ def test_lone_surrogates_are_refused():
     ],
 )
 def test_hostile_bodies_cost_little(body):
-    started = time.perf_counter()
+    started = time.process_time()
     error = refused(body)
     assert error.code in ("limit_exceeded", "invalid_json")
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_brackets_in_strings_are_no_depth():
