@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,7 +224,8 @@ def _run(
 def _drain(ingress: Any, seconds: float) -> None:
     """Let the ingress finish what is under way while the policy still answers."""
     if seconds:
-        ingress.broadcast("drain", seconds).results(timeout_s=seconds + 30)
+        with suppress(TimeoutError):  # then Serve's own limits end what is left
+            ingress.broadcast("drain", seconds).results(timeout_s=seconds + 30, return_exceptions=True)
 
 
 def _with_keys_of_environment(settings: ServeSettings) -> ServeSettings:

@@ -29,6 +29,7 @@ from stateset_ray.serving.settings import ServeSettings
 
 __all__ = ["Ingress", "ServePolicies", "ingress_deployment"]
 
+_STATUS_SECONDS = 10.0
 _DRAIN_LOOK = 0.1  # seconds between two looks at what is still under way
 
 
@@ -69,8 +70,10 @@ class ServePolicies:
 
     async def statuses(self) -> list[dict[str, Any]]:
         """See `Policies.statuses`."""
-        found: list[dict[str, Any]] = await self._handle.broadcast("status").results_async()
-        return found
+        asked = self._handle.broadcast("status")
+        found = await asked.results_async(timeout_s=_STATUS_SECONDS, return_exceptions=True)
+        # One that has just died is in the list for a moment longer.
+        return [status for status in found if isinstance(status, dict)]
 
 
 class Ingress:

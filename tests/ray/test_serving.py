@@ -333,6 +333,7 @@ def test_replicas_follow_the_load(endpoint):
     serve.delete("busy")
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_drains(tmp_path):
     """`stateset-ray serve` in a process of its own: SIGTERM lets the stream under way end."""
     run, port = new_run(tmp_path / "shop", 512), free_port()

@@ -454,8 +454,8 @@ def test_a_client_that_leaves_frees_its_slots(held):
             assert isinstance(first[0], Began)
             assert held.tokens > 0
             assert held.running == 1
+            sampled = held.engine.stats.decode_tokens
         assert (held.tokens, held.running) == (0, 0)
-        sampled = held.engine.stats.decode_tokens
         events = [e async for part in held.answer(ask(id="b", max_tokens=3)) for e in part]
         assert isinstance(events[-1], Ended)
         # What was given up was sampled no further: at most one pass of it was under way.

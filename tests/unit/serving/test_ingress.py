@@ -88,6 +88,19 @@ def test_what_is_given_up_is_cancelled():
     asyncio.run(play())
 
 
+def test_a_replica_that_has_just_died_has_no_status():
+    class Asked:
+        async def results_async(self, **options):
+            assert options["return_exceptions"]
+            return [ActorDiedError(), {"pid": 1}]
+
+    class Broadcasting:
+        def broadcast(self, name):
+            return Asked()
+
+    assert asyncio.run(ServePolicies(Broadcasting()).statuses()) == [{"pid": 1}]
+
+
 def test_an_ingress_replica_loads_no_torch():
     code = "import sys, stateset_ray.serving.ingress; print('torch' in sys.modules)"
     done = subprocess.run(
