@@ -308,6 +308,7 @@ def test_a_replica_is_killed_without_a_failed_request(endpoint):
     assert not failed(told)
 
 
+@pytest.mark.slow
 def test_replicas_follow_the_load(endpoint):
     """Live, up and down, by the tokens that wait; a second application below a prefix of its own."""
     from ray import serve
