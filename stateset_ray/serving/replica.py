@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from stateset_ray.errors import InfrastructureFault, StatesetError
+from stateset_ray.errors import CheckpointError, InfrastructureFault, StatesetError
 from stateset_ray.models import Hardware, choose_hardware
 from stateset_ray.serving.autoscaling import METRIC
 from stateset_ray.serving.events import Ask, Event
@@ -57,14 +57,23 @@ class PolicyReplica:
             _log.addFilter(RedactingFilter())
 
     async def start(self) -> None:
-        """Load the first version and watch for newer ones.
+        """Load the newest version that can answer, and watch for newer ones.
 
         Raises:
             StatesetError: there is none that can answer: the replica does not come up.
         """
-        first = await asyncio.to_thread(self._source.first)
-        self._held = await self._load(first)
-        self._meters.set("policy_step", first.step)
+        failure: Exception | None = None
+        for candidate in await asyncio.to_thread(lambda: list(self._source.candidates())):
+            try:
+                self._held = await self._load(candidate)
+                break
+            except Exception as error:
+                # As for those that come later: one that cannot answer takes nothing away but itself.
+                self._refuse(candidate, error)
+                failure = error
+        if self._held is None:
+            raise failure or CheckpointError("there is no checkpoint", given=self._settings.source)
+        self._meters.set("policy_step", self._held.candidate.step)
         if self._source.run is not None and self._settings.swap.poll_seconds:
             self._watch = asyncio.create_task(self._follow(), name="checkpoints")
 
@@ -118,10 +127,7 @@ class PolicyReplica:
         except Exception as error:
             # Readers of files, templates and models raise what their authors chose; none of it may take
             # away a replica that answers.
-            self._refused.add((candidate.label, candidate.stamp))
-            self._problem = f"{candidate.label}: {_sentence(error)}"
-            self._meters.add("swaps", 1, outcome="refused")
-            _log.error("a checkpoint was refused: %s", self._problem)
+            self._refuse(candidate, error)
             return False
         self._held, self._problem = held, ""
         seconds = time.monotonic() - started
@@ -131,6 +137,12 @@ class PolicyReplica:
         _log.info("version %s answers, taken over in %.1f s", candidate.label, seconds)
         await before.retire()
         return True
+
+    def _refuse(self, candidate: Candidate, error: Exception) -> None:
+        self._refused.add((candidate.label, candidate.stamp))
+        self._problem = f"{candidate.label}: {_sentence(error)}"
+        self._meters.add("swaps", 1, outcome="refused")
+        _log.error("a checkpoint was refused: %s", self._problem)
 
     async def _follow(self) -> None:
         while True:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,27 @@ class Source:
         if self._folder is not None:
             return _candidate(verify(self._folder).path, whole=True)
         return Candidate(self._name, f"model-{_plain(Path(self._name).name)}", -1)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """What to begin with, the best first: a run's newest checkpoint, then older ones, all unverified.
+
+        A pinned run has one candidate only.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        wanted = self.wanted()
+        if self.run is None or wanted is None or pinned(self.run):
+            yield self.first()
+            return
+        yield wanted
+        root = self.run / "checkpoints"
+        steps = {int(p.name[5:]): p for p in root.iterdir() if _STEP.fullmatch(p.name)}
+        steps.pop(wanted.step, None)
+        # Steps above the newest are left where a run was taken back to an earlier one.
+        for step in sorted(steps, key=lambda step: (step > wanted.step, -step)):
+            with suppress(OSError):  # it was removed since
+                yield _candidate(steps[step])
 
     def wanted(self) -> Candidate | None:
         """What should answer now, unverified; None where nothing is said."""

@@ -175,6 +175,29 @@ def test_the_watcher_takes_over_and_rolls_back(run, meters):
     asyncio.run(play())
 
 
+def test_a_replica_begins_with_the_newest_that_can_answer(run, meters):
+    """Else a bad checkpoint would take away each replica that is restarted."""
+    save(run, 2)
+    save(run, 3, float("nan"))
+
+    async def play():
+        held = replica(run, meters, poll=0.01)
+        await held.start()
+        status = await held.status()
+        assert status["step"] == 2
+        assert "step-00000003" in status["problem"]
+        assert (await version(held)).startswith("step-00000002-")
+        held._watch.cancel()
+
+    asyncio.run(play())
+    assert [c.step for c in Source(str(run)).candidates()] == [3, 2, 1]
+    (run / "checkpoints" / "latest").write_text("step-00000002")
+    assert [c.step for c in Source(str(run)).candidates()] == [2, 1, 3]
+    pin(run, "step-00000003")
+    with pytest.raises(StatesetError, match="finite"):
+        asyncio.run(replica(run, meters).start())
+
+
 def test_a_replica_without_a_whole_checkpoint_does_not_come_up(run, meters):
     shutil.rmtree(run / "checkpoints" / "step-00000001")
     with pytest.raises(StatesetError):
