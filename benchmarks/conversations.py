@@ -17,7 +17,7 @@ from stateset_ray.environments.customer_service import CustomerService
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.types import Message, Step, Task
 
-__all__ = ["GROUP", "TURNS", "Partner", "Script", "limits", "render", "scripts"]
+__all__ = ["GROUP", "TURNS", "Partner", "Rendered", "Script", "limits", "render", "scripts"]
 
 TURNS = 3
 GROUP = 8
@@ -75,7 +75,11 @@ async def _dialogue(
     return opening, tuple(answers)
 
 
-def render(script: Script, renderer: Renderer) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+Rendered = tuple[tuple[int, ...], list[tuple[int, ...]]]
+"""The tokens of an opening, and those that follow each reply but the last."""
+
+
+def render(script: Script, renderer: Renderer) -> Rendered:
     """The tokens of the opening, and those after each reply, which is cut and has to be closed."""
     return renderer.opening(script.opening), [renderer.suffix(a, stopped=False) for a in script.answers]
 

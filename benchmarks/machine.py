@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from stateset_ray.models import Hardware
 
-__all__ = ["commit", "describe", "limits", "seconds", "synchronize"]
+__all__ = ["commit", "describe", "limits", "linear_shapes", "seconds", "synchronize"]
 
 _ROWS = 1024  # tokens of a large forward pass
 _READ_BYTES = 1 << 30
@@ -75,7 +75,7 @@ def limits(config: Any, hardware: Hardware) -> dict[str, Any]:
     The matmul figure is over one pass of the model's linear layers, `rows` tokens at once: all their
     operations by all their seconds.
     """
-    shapes = _linear_shapes(config)
+    shapes = linear_shapes(config)
     counts = sorted({1, hardware.threads})
     found: dict[str, Any] = {"rows": _ROWS, "matmul_gflops": {}, "memory_read_gb_s": {}}
     for threads in counts:
@@ -86,7 +86,7 @@ def limits(config: Any, hardware: Hardware) -> dict[str, Any]:
     return found
 
 
-def _linear_shapes(config: Any) -> list[tuple[int, int, int]]:
+def linear_shapes(config: Any) -> list[tuple[int, int, int]]:
     """(inputs, outputs, how often) of the model's linear layers, the head left out."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads

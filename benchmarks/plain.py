@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.conversations import Script, render
+from benchmarks.conversations import Rendered
 from stateset_ray.config import Config
 from stateset_ray.models import Hardware, local_folder
-from stateset_ray.policies.renderer import Renderer
 from stateset_ray.types import Sample
 
 __all__ = ["ROWS", "PlainLearner", "load_plain", "play_plain"]
@@ -35,24 +34,28 @@ def load_plain(name: str, hardware: Hardware) -> Any:
     return model.to(hardware.device).eval()
 
 
-def play_plain(
-    model: Any, played: Sequence[Script], renderer: Renderer, tokens: int, seed: int
-) -> dict[str, int]:
-    """Play all conversations turn by turn; returns how many tokens were sampled and prefilled."""
+def play_plain(model: Any, rendered: Sequence[Rendered], tokens: int, seed: int) -> dict[str, int]:
+    """Play all conversations turn by turn; returns how many tokens were sampled and prefilled.
+
+    Args:
+        model: from `load_plain`.
+        rendered: what is given of each conversation; all have the same number of turns.
+        tokens: of every reply.
+        seed: of the sampling.
+    """
     from transformers import GenerationConfig
 
     torch.manual_seed(seed)
-    pad = next(iter(renderer.stop_ids))
+    pad = 0  # any id: it is masked
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens, use_cache=True,
         eos_token_id=None, pad_token_id=pad,
     )  # fmt: skip
     # The model's own generation config would add an end token.
     model.generation_config.eos_token_id = None
-    rendered = [render(script, renderer) for script in played]
     rows = [list(opening) for opening, _ in rendered]
     counts = {"sampled_tokens": 0, "prefill_tokens": 0}
-    for turn in range(1 + len(played[0].answers)):
+    for turn in range(1 + len(rendered[0][1])):
         if turn:
             rows = [row + list(suffixes[turn - 1]) for row, (_, suffixes) in zip(rows, rendered, strict=True)]
         width = max(map(len, rows))

@@ -21,31 +21,43 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from benchmarks.trajectories import Shape, ids_and_masks, minibatch
 from stateset_ray.config import Config, load_config
 
-__all__ = ["Side", "config_of"]
+__all__ = ["Child", "Side", "answer_lines", "config_of"]
 
 ROOT = Path(__file__).parents[1]
 
 
 class Side:
-    """The parent's end of a side. Leaving the context ends its process."""
+    """The parent's end of a side. Leaving the context ends its process.
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    Args:
+        options: of the side; the module reads them as JSON.
+        module: what runs in the process.
+        python: which interpreter runs it.
+        environment: further environment variables.
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any], module: str = "benchmarks.sides", python: str = sys.executable,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self._options = options
+        self._command = [python, "-m", module, json.dumps(options)]
+        # Threads that wait sleep: the sides take turns on the same cores.
+        self._environment = {"OMP_WAIT_POLICY": "PASSIVE", **environment}
 
     def __enter__(self) -> Side:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.sides", json.dumps(self._options)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            # Threads that wait sleep: the sides take turns on the same cores.
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | self._environment,
         )  # fmt: skip
         return self
 
@@ -72,8 +84,10 @@ class Side:
             self._process.wait()
 
 
-class _Child(Protocol):
-    def update(self, question: Mapping[str, Any]) -> dict[str, Any]: ...
+class Child(Protocol):
+    """What answers in the process of a side."""
+
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 class _Ours:
@@ -89,7 +103,7 @@ class _Ours:
         self._learner = Learner(self._config, 0, 1, ("127.0.0.1", 0), hardware)
         self._steps = 0
 
-    def update(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         shape = Shape(**question["shape"])
         rows = ids_and_masks(shape, self._vocabulary, question["seed"])
         budget = question.get("budget", self._config.learner.micro_batch_tokens)
@@ -123,7 +137,7 @@ class _Naive:
         self._learner = PlainLearner(self._config, hardware)
         self._memory = PeakMemory(hardware.device)
 
-    def update(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         shape = Shape(**question["shape"])
         rows = ids_and_masks(shape, self._vocabulary, question["seed"])
         at_once = max(1, self._config.learner.micro_batch_tokens // shape.tokens)
@@ -154,7 +168,7 @@ class _Gradients:
         self._vocabulary = int(model.config.vocab_size)
         self._policy = PolicyModel(model, self._config.learner)
 
-    def update(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         import torch
 
         shape = Shape(**question["shape"])
@@ -205,20 +219,20 @@ def _give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def main() -> None:
-    """Answer until the parent closes the line."""
+def answer_lines(kinds: Mapping[str, Callable[[Mapping[str, Any]], Child]]) -> None:
+    """Be a side, of the kind that the options name, until the parent closes the line."""
     # Libraries print; the one thing on the real stdout are the answers.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     options = json.loads(sys.argv[1])
-    side: _Child = {"ours": _Ours, "naive": _Naive, "gradients": _Gradients}[options["side"]](options)
+    side = kinds[options["side"]](options)
     for line in sys.stdin:
         question = json.loads(line)
-        answer = side.update(question)
+        answer = side.answer(question)
         if question.get("trim"):
             _give_back_memory()
         print(json.dumps(answer), file=stdout, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answer_lines({"ours": _Ours, "naive": _Naive, "gradients": _Gradients})

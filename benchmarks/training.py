@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, ours, plain
-from benchmarks.conversations import TURNS, Script, limits, scripts
+from benchmarks.conversations import TURNS, Script, limits, render, scripts
 from stateset_ray.actors.placement import cluster
 from stateset_ray.config import Config, ModelConfig, load_config
 from stateset_ray.grpo.samples import samples as to_samples
@@ -154,7 +154,8 @@ def _rollout(
     last: dict[str, Any] = {}
 
     def play_plain(part: Sequence[Script] = played) -> None:
-        last["plain"] = plain.play_plain(other, part, renderer, _TOKENS, options.seed)
+        rendered = [render(script, renderer) for script in part]
+        last["plain"] = plain.play_plain(other, rendered, _TOKENS, options.seed)
 
     def play_ours(part: Sequence[Script] = played) -> None:
         last["trajectories"], last["ours"] = ours.play_ours(
