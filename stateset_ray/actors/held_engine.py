@@ -10,10 +10,17 @@ import ray
 
 from stateset_ray.actors.publishing.transports import receiver
 from stateset_ray.config import Config
-from stateset_ray.models import choose_hardware, generation_stop_ids, load_model, load_tokenizer
-from stateset_ray.policies.base import Policy, Reply, ReplyRequest
+from stateset_ray.models import (
+    Hardware,
+    choose_hardware,
+    generation_stop_ids,
+    load_model,
+    load_tokenizer,
+)
+from stateset_ray.policies.base import Engine, Policy, Reply, ReplyRequest
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
+from stateset_ray.policies.vllm_engine import VllmEngine
 
 __all__ = ["HeldEngine", "Inference", "renderer_of"]
 
@@ -43,8 +50,20 @@ def renderer_of(config: Config) -> Renderer:
     return Renderer(load_tokenizer(name), generation_stop_ids(name))
 
 
+def _new_engine(config: Config, hardware: Hardware, renderer: Renderer) -> Engine:
+    name, limits = config.model.name, config.rollout
+    if limits.engine_kind == "vllm":
+        return VllmEngine(
+            name, renderer.stop_ids, slots=limits.slots, max_context=limits.max_context, hardware=hardware
+        )
+    return TransformersEngine(
+        load_model(name, hardware), renderer.stop_ids,
+        slots=limits.slots, max_context=limits.max_context, hardware=hardware,
+    )  # fmt: skip
+
+
 class HeldEngine:
-    """A transformers engine in this process; implements `Inference`.
+    """An engine of the configured kind in this process; implements `Inference`.
 
     Args:
         config: of the run.
@@ -58,10 +77,7 @@ class HeldEngine:
     def __init__(self, config: Config, peers: int, renderer: Renderer) -> None:
         hardware = choose_hardware(config.model, len(ray.get_gpu_ids()), peers)
         hardware.apply()
-        self._engine = TransformersEngine(
-            load_model(config.model.name, hardware), renderer.stop_ids,
-            slots=config.rollout.slots, max_context=config.rollout.max_context, hardware=hardware,
-        )  # fmt: skip
+        self._engine = _new_engine(config, hardware, renderer)
         self._engine.version = _NO_WEIGHTS
         self._lineage = 0
         self._receiver = receiver(config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from stateset_ray.types import Message
 
-__all__ = ["Policy", "Reply", "ReplyRequest"]
+__all__ = ["Engine", "EngineStats", "Policy", "Reply", "ReplyRequest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,4 +59,52 @@ class Policy(Protocol):
 
     def release(self, conversation: str) -> None:
         """Forget a conversation: it has ended and its cache may be reused."""
+        ...
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done since it was made; seconds are of wall clock."""
+
+    prompt_tokens: int = 0
+    """Tokens of all prompts, as a server without a cache would have to compute them."""
+    prefill_tokens: int = 0
+    """Prompt tokens that were really computed."""
+    decode_tokens: int = 0
+    """Sampled tokens."""
+    forwards: int = 0
+    """Passes through the model; 0 where the engine does not tell."""
+    seconds: float = 0.0
+    """Spent on replies."""
+
+
+class Engine(Policy, Protocol):
+    """A policy that is a model, whose weights can be replaced between turns.
+
+    Attributes:
+        version: of the weights that answer; every reply carries it.
+        stats: what was done so far.
+    """
+
+    version: int
+    stats: EngineStats
+
+    def forget(self) -> None:
+        """Answer later turns as if none had been answered before: nothing that is cached is used."""
+        ...
+
+    async def load_weights(self, version: int, tensors: Mapping[str, Any]) -> None:
+        """Take new weights: turns that run end with the old ones, later turns begin with the new.
+
+        Args:
+            version: that replies carry from then on.
+            tensors: name -> torch tensor of every parameter, as `models.state_tensors` names them.
+
+        Raises:
+            ModelError: the tensors are not those of this model; nothing was changed then.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End everything that runs, and fail what still waits."""
         ...

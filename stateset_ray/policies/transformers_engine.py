@@ -26,30 +26,16 @@ import torch
 
 from stateset_ray.errors import InfrastructureFault, ModelError
 from stateset_ray.models import Hardware
-from stateset_ray.policies.base import Reply, ReplyRequest
+from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest
 from stateset_ray.policies.kv_cache import CachedRows, Ids, KVCache, Slot, common_prefix
 from stateset_ray.policies.packed_linear import InferenceWeights
 
-__all__ = ["EngineStats", "TransformersEngine"]
+__all__ = ["TransformersEngine"]
 
 _PREFILL_BUDGET = 2048  # new prompt tokens per forward pass
 _WORTH_SHARING = 16  # tokens of common prefix that justify waiting one pass to copy them
 _BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: rounding must not reach past the last token
 _SETTLE = 4  # passes of the event loop in which conversations may come in before a batch is closed
-
-
-@dataclass
-class EngineStats:
-    """What an engine has done since it was made; seconds are of wall clock."""
-
-    prompt_tokens: int = 0
-    """Tokens of all prompts, as a server without a cache would have to compute them."""
-    prefill_tokens: int = 0
-    """Prompt tokens that were really computed."""
-    decode_tokens: int = 0
-    """Sampled tokens."""
-    forwards: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -68,7 +54,7 @@ class _Turn:
 
 
 class TransformersEngine:
-    """Serves many conversations with one model; implements `Policy`.
+    """Serves many conversations with one model; implements `Engine`.
 
     Args:
         model: from `stateset_ray.models.load_model`. The engine takes it over and changes it
@@ -144,16 +130,12 @@ class TransformersEngine:
         self._cache.release(conversation)
 
     def forget(self) -> None:
-        """Drop every cached key and value, unless a turn is under way that needs its own."""
+        """See `Engine.forget`; does nothing while a turn is under way, which needs what is cached."""
         if not self._running and not self._waiting:
             self._cache.clear()
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take new weights between turns; every cached key and value is forgotten.
-
-        Raises:
-            ModelError: the tensors are not those of this model; nothing was changed then.
-        """
+        """See `Engine.load_weights`."""
         if wrong := self._weights.mismatch(tensors):
             raise ModelError("the weights do not belong to this model", given=wrong[:5])
         self._open.clear()
@@ -166,7 +148,7 @@ class TransformersEngine:
             self._open.set()
 
     async def close(self) -> None:
-        """Stop the loop and fail what still waits."""
+        """See `Engine.close`."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -271,8 +253,8 @@ class TransformersEngine:
             heats = scaled.new_tensor(temperatures)[:, None]
             greedy = heats == 0
             scaled = scaled / torch.where(greedy, 1.0, heats)
-        logprobs = torch.log_softmax(scaled, dim=-1)
-        total = logprobs.exp().cumsum_(dim=-1)
+        probabilities = torch.softmax(scaled, dim=-1)
+        total = probabilities.cumsum(dim=-1)
         uniforms = logits.new_tensor(
             [t.uniforms[len(t.token_ids)] for t in turns], dtype=torch.float32
         ).clamp_(max=_BELOW_ONE)
@@ -280,7 +262,7 @@ class TransformersEngine:
         drawn = drawn.clamp_(max=logits.shape[-1] - 1)
         if greedy is not None:
             drawn = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)
-        chosen = logprobs.gather(-1, drawn)
+        chosen = probabilities.gather(-1, drawn).log_()
         if greedy is not None:
             chosen = chosen.masked_fill(greedy, 0.0)
         for turn, token, logprob in zip(turns, drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):

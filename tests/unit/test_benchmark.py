@@ -111,3 +111,32 @@ def test_packed_layers_beside_plain_ones() -> None:
     assert [row["rows"] for row in result["rows"]] == [1, 3]
     assert all(row["ratio"] > 0 for row in result["rows"])
     assert result["threads"] == 1
+
+
+@pytest.mark.timeout(300)
+def test_the_engines_benchmark_gives_every_side_the_same_conversations() -> None:
+    size = ("--conversations", "16", "--turns", "3", "--tokens", "4", "--repeats", "2")
+    result = run("benchmarks.engine", *size)
+    sides, work = result["sides"], result["work"]
+    assert sides.keys() == {"ours", "generate", "continuous"}
+    assert all(side["sampled_tokens"] == 16 * 3 * 4 == work["sampled_tokens"] for side in sides.values())
+    assert result["ratios"].keys() == {"generate", "continuous"}
+    # They sample from one distribution: 192 tokens of a nearly uniform one.
+    likely = [sides[side]["mean_logprob"] for side in ("ours", "continuous")]
+    assert likely[0] == pytest.approx(likely[1], abs=0.15)
+    # Ours computes what cannot be avoided, and at most the last token of a prompt again per conversation.
+    computed = sides["ours"]["prefill_tokens"] + 16 * 3 * 4 - 16 * 3
+    assert 0 <= computed - result["limit"]["computed_tokens"] <= 16
+    assert sides["generate"]["prefill_tokens"] > 4 * sides["ours"]["prefill_tokens"]
+    assert all(0 < side["share_of_limit"] < 1 for side in sides.values())
+
+
+def test_the_engines_limit_counts_what_cannot_be_avoided() -> None:
+    from benchmarks.engine import contexts, positions
+
+    # Two conversations of two turns: they share two tokens of three, and reply with two tokens each time.
+    rows = [([1, 2, 3], [[9]]), ([1, 2, 4], [[8]])]
+    assert positions(rows, 2) == 4 + 2 * (2 + 1 + 1)  # the last token of a reply that ends it is not computed
+    attended, read = contexts(rows, 2)
+    assert attended == (1 + 2 + 3 + 3) + 2 * (4 + 5 + 6 + 7)
+    assert read == 2 * (4 + 7)  # each reply's second token is computed alone, its first comes from the prompt

@@ -33,6 +33,7 @@ def test_a_config_survives_its_own_toml(tmp_path):
         ("learner.micro_batch_tokens=100", "cannot hold one conversation"),
         ("rollout.turn_timeout=1000", "is longer than"),
         ("rollout.temperature=0", "rollout.temperature"),
+        ("rollout.engine_kind=vlm", "rollout.engine_kind"),
         ("run.name=a/b", "run.name"),
         ("environment.path=nocolon", "environment.path"),
         ("steps=3", "section.key=value"),
@@ -82,3 +83,18 @@ def test_sections_are_frozen():
 def test_no_override_raises_anything_but_a_config_error(text):
     with contextlib.suppress(ConfigError):
         load_config(None, [text])
+
+
+@pytest.mark.parametrize(
+    ("heats", "wrong"),
+    [
+        (("rollout.temperature=0.005",), "rollout.temperature = 0.005"),
+        (("rollout.temperature=3",), "rollout.temperature = 3.0"),
+        (("evaluate.temperature=0.001",), "evaluate.temperature = 0.001"),
+        (("evaluate.temperature=0",), ""),
+    ],
+)
+def test_vllm_is_not_asked_for_temperatures_that_it_would_change(heats, wrong):
+    load_config(None, heats)  # the other engine samples at any
+    with pytest.raises(ConfigError, match=wrong) if wrong else contextlib.nullcontext():
+        load_config(None, [*heats, "rollout.engine_kind=vllm"])

@@ -20,6 +20,7 @@ from stateset_ray.models import (
     load_model,
     load_tokenizer,
     local_folder,
+    parameter_shapes,
     state_tensors,
 )
 
@@ -129,3 +130,8 @@ def test_a_reference_of_another_vocabulary_is_refused_before_anything_loads(tmp_
     with pytest.raises(ModelError, match="another vocabulary") as caught:
         check_reference(named)
     assert "grpo.reference" in caught.value.mend
+
+
+def test_the_shapes_of_a_model_are_known_without_its_weights(tiny):
+    expected = {name: tensor.shape for name, tensor in state_tensors(tiny).items()}
+    assert parameter_shapes("tiny") == expected
