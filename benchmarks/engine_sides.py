@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.sides import answer_lines
 
 _PAGE = 32  # tokens: small enough for what the conversations share to fill pages
+_PATIENCE = 900  # seconds for a turn: all of its replies end together
 
 Row = tuple[list[int], list[list[int]]]
 """The tokens of an opening, and those that follow each reply but the last."""
@@ -135,7 +136,7 @@ class _Continuous:
                 names = manager.add_requests(inputs=prompts, max_new_tokens=tokens)
                 found: dict[str, Any] = {}
                 while len(found) < len(names):
-                    result = manager.get_result(timeout=60)
+                    result = manager.get_result(timeout=_PATIENCE)
                     if result is None or result.error:
                         raise RuntimeError(f"continuous batching gave {result and result.error}")
                     if result.is_finished():

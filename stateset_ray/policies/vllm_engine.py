@@ -165,7 +165,7 @@ class VllmEngine:
         with tempfile.TemporaryDirectory(prefix="stateset-ray-weights-", dir=_roomy(size)) as folder:
             owned = {name: tensor.contiguous() for name, tensor in tensors.items()}
             await asyncio.to_thread(save_file, owned, Path(folder) / "model.safetensors")
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            await self._llm.collective_rpc("take_weights", args=(folder,))
         if not await self._llm.reset_prefix_cache():
             raise RuntimeError("its prefix cache was not emptied")
 
@@ -185,6 +185,9 @@ def _start(model: str, slots: int, max_context: int, hardware: Hardware) -> Any:
         kv_cache_memory_bytes=_cache_bytes(model, slots, max_context, hardware.dtype),
         logprobs_mode="processed_logprobs", generation_config="vllm", skip_tokenizer_init=True,
         disable_log_stats=True, enable_log_requests=False,
+        worker_extension_cls="stateset_ray.policies.vllm_worker.TakesWeights",
+        # Compiling for a CPU takes a minute, and no part of a compiled graph may hold packed weights.
+        enforce_eager=hardware.device == "cpu",
     )  # fmt: skip
     try:
         return AsyncLLM.from_engine_args(arguments)

@@ -52,7 +52,7 @@ def test_a_run_learns_from_what_vllm_sampled(folder: str, tmp_path: Path, engine
     assert summary["policy_version"] == 2
     first, second = JsonLines(config.run.folder / "metrics.jsonl").read()
     for record in (first, second):
-        assert record["trajectories"] == 8
+        assert record["trajectories"]["trained"] == record["trajectories"]["dispatched"] == 8
         # The learner's log-probabilities of the sampled tokens against vLLM's, with the weights of now: had
         # the second step been sampled with those of the first, this would be some hundred times as much.
         assert abs(record["kl_mismatch"]) < 1e-4
