@@ -23,7 +23,7 @@ PACKAGE = "stateset_ray"
 
 FLOORS: dict[str, float] = {
     # 1: the ground
-    "types": 1, "config": 1, "objective": 1, "settings": 1, "errors": 1, "deadline": 1,
+    "types": 1, "config": 1, "sections": 1, "objective": 1, "settings": 1, "errors": 1, "deadline": 1,
     # 2: nouns
     "environments": 2, "rewards": 2, "grpo": 2, "metrics": 2, "checkpoint": 2, "manifest": 2, "models": 2,
     "offline_models": 2,
@@ -47,7 +47,12 @@ SIDEWAYS = {
     ("config", "errors"): "a wrong configuration raises a ConfigError",
     ("settings", "errors"): "so does a wrong override",
     ("config", "settings"): "how a page of settings is read is not what stands on it",
-    ("config", "objective"): "one page in two files: the objective has a page of its own",
+    ("config", "objective"): "one page in three files: the objective has a page of its own",
+    (
+        "config",
+        "sections",
+    ): "so have the sections, which are checked one by one; what they agree on is beside them",
+    ("sections", "objective"): "sampling that breaks the objective's correction is refused where it is set",
     ("checkpoint", "manifest"): "one subject in two files: the order of things, and the bytes",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
     ("train_async", "train"): "the same loop; only how a step is taken differs",
