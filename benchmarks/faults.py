@@ -22,7 +22,7 @@ that the seed decides.
 
 | figure        | what it is                                                                           |
 |---------------|--------------------------------------------------------------------------------------|
-| `seconds`     | from the fault to the end of the step that it hit, whatever had to be done again      |
+| `seconds`     | from the fault to the end of the step after the one that it hit, whatever was repeated |
 | `usual`       | seconds of a step without faults, median                                             |
 | `steps_again` | steps that had to be taken again                                                     |
 | `aborted`, `dropped` | trajectories played in vain, or excluded, in those steps, by reason           |
@@ -64,6 +64,7 @@ __all__ = ["FAULTS", "main"]
 
 FAULTS = ("worker", "engine", "learner", "node", "stop", "slow", "raise", "hang", "block")
 _IN_TASKS = ("raise", "hang", "block")  # planted in a task, not done to a process
+_LOOK = 0.2  # seconds between looks at a node
 _SLICE = 0.02  # seconds that a slowed process runs at a time
 
 
@@ -102,7 +103,13 @@ class _Nodes:
     def replace_second(self) -> Callable[[], None]:
         """Let another node join now; what ends the raylet of the second."""
         old, self._second = self._second, self._join()
-        return lambda: os.kill(old.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+
+        def kill() -> None:
+            os.kill(old.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            while any(node["NodeID"] == old.node_id and node["Alive"] for node in ray.nodes()):
+                time.sleep(_LOOK)  # Ray tells nobody when it has noticed
+
+        return kill
 
     def _join(self) -> Any:
         return self._cluster.add_node(num_cpus=4)  # in the main thread only: Ray installs a signal handler
@@ -166,9 +173,9 @@ def _play(seed: int, faults: Sequence[str], options: argparse.Namespace, nodes: 
         "hits": {
             fault: {
                 "step": step,
-                "seconds": round(ended[step] - hit[step], 2),
+                "seconds": round(ended[step + 1] - hit[step], 2),
                 "steps_again": again[step],
-                **_lost(records[min(step, step - again[step] + 1) : step + 1]),
+                **_lost(records[min(step, step - again[step] + 1) : step + 2]),
             }
             for step, fault in schedule.items()
         },
@@ -292,7 +299,14 @@ def _options() -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS, metavar="FAULT")
-    parser.add_argument("--gap", type=int, default=6, help="steps from one fault to the next")
+    parser.add_argument(
+        "--gap",
+        type=int,
+        default=6,
+        choices=range(2, 100),
+        metavar="N",
+        help="steps from one fault to the next: what one costs may show a step later",
+    )
     parser.add_argument("--steps", type=int, default=0, help="at least so many")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
