@@ -47,10 +47,12 @@ from stateset_ray.manifest import (
 )
 
 __all__ = [
-    "Checkpoint", "abort", "begin", "commit", "latest", "open_checkpoint", "peek", "pointed", "save",
+    "PIN", "Checkpoint", "abort", "begin", "commit", "latest", "open_checkpoint", "peek", "pointed", "save",
     "verify",
 ]  # fmt: skip
 
+PIN = "serve-pin"
+"""A file beside `checkpoints/`: names the checkpoint that an endpoint is held at; no training removes it."""
 _POINTER = "latest"
 _STALE = re.compile(r".+\.tmp-[0-9a-f]{32}")
 _logger = logging.getLogger(__name__)
@@ -303,7 +305,11 @@ def _point(root: Path, name: str) -> None:
 def _retain(root: Path, step: int, keep: int) -> None:
     """Delete all but the `keep` newest at or below `step`; the one just committed is the first of these."""
     whole = [f for f in _steps(root) if f[0] <= step and not f[1].suffix and (f[1] / MANIFEST).is_file()]
+    pin = root.parent / PIN
+    pinned = pin.read_text(encoding="utf-8").strip() if pin.is_file() else ""
     for _, folder in sorted(whole, reverse=True)[keep:]:
+        if folder.name == pinned:  # an endpoint answers with it
+            continue
         try:
             doomed = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
             folder.rename(doomed)  # at once, so that no reader finds half of it

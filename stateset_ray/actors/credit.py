@@ -141,7 +141,8 @@ def supervised_batch(collected: Collected) -> Batch:
 
 def _chosen(groups: Sequence[GroupHandle], config: Config) -> tuple[list[GroupHandle], list[GroupHandle]]:
     """The groups of the step, and those that were replaced, both in the order they were asked for."""
-    wanted = config.train.tasks_per_step
+    # With over-sampling a group of the step before may have come on top: nothing that ended is left out.
+    wanted = config.train.tasks_per_step + config.train.oversample
     if len(groups) <= wanted:
         return list(groups), []
     ranked = sorted(range(len(groups)), key=lambda i: (not informative(groups[i].report, config), i))

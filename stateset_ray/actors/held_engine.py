@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from stateset_ray.policies.vllm_engine import VllmEngine
 
 __all__ = ["HeldEngine", "Inference", "renderer_of"]
 
+_log = logging.getLogger(__name__)
 _NO_WEIGHTS = -1
 
 
@@ -82,6 +85,7 @@ class HeldEngine:
         self._lineage = 0
         self._receiver = receiver(config)
         self._loading = asyncio.Lock()
+        self._taking: set[asyncio.Task[bool]] = set()
 
     async def hold(self, version: int, weights: Mapping[str, Any], *, forget: bool = True) -> None:
         """See `Inference.hold`.
@@ -91,26 +95,41 @@ class HeldEngine:
         """
         engine, lineage, handle = self._engine, weights["lineage"], weights["handle"]
         if not self._holds(version, lineage):  # who may be answered already need not wait for what comes
-            async with self._loading:
-                if not self._holds(version, lineage):
-                    if handle is None:  # nothing was published: the weights it was built with
-                        engine.version = version
-                        return
-                    arrived = await self._receiver.fetch(version, lineage, handle)
-                    await engine.load_weights(arrived.version, arrived.tensors)
-                    self._lineage = lineage
-                    return
+            # Who asked may leave (a limit of time, a dropped group); half of the weights must not stay.
+            taking = asyncio.create_task(self._take(version, lineage, handle), name=f"weights {version}")
+            self._taking.add(taking)
+            taking.add_done_callback(self._taking.discard)
+            if await asyncio.shield(taking):
+                return
         # What is played must not depend, to the last bit, on what was played before with the same weights:
         # an evaluation, say, which a resumed run does not repeat.
         if forget:
             engine.forget()
+
+    async def _take(self, version: int, lineage: int, handle: Any) -> bool:
+        """Fetch and load a version; False if another request has done it meanwhile."""
+        async with self._loading:
+            if self._holds(version, lineage):
+                return False
+            if handle is None:  # nothing was published: the weights it was built with
+                self._engine.version = version
+                return True
+            arrived = await self._receiver.fetch(version, lineage, handle)
+            await self._engine.load_weights(arrived.version, arrived.tensors)
+            self._lineage = lineage
+            return True
 
     def _holds(self, version: int, lineage: int) -> bool:
         return self._lineage == lineage and self._engine.version >= version
 
     async def reply(self, request: ReplyRequest) -> Reply:
         """See `Policy.reply`."""
-        return await self._engine.reply(request)
+        try:
+            return await self._engine.reply(request)
+        finally:
+            if self._engine.dead:
+                _log.error("the engine of this process is dead; Ray builds both anew")
+                os._exit(1)
 
     def release(self, conversation: str) -> None:
         """See `Policy.release`."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from stateset_ray.actors.flight import Collected, Flight, GroupHandle
 from stateset_ray.actors.inference_pool import inference_engines
@@ -293,35 +293,43 @@ class RolloutPool:
             report: GroupReport = ray.get(next(item, payload), timeout=self._config.cluster.wait_seconds)
         except StopIteration:
             del worker.streams[item]
+            for unreported in stream.jobs.values():
+                self._retry(unreported, "unreported")
             return
-        except RayActorError as death:
+        except (RayActorError, ObjectLostError, GetTimeoutError) as death:
             self._lost(worker, death)
             return
         except RayTaskError as error:
-            raise cause_of(error) from None
+            if not worker.guest:
+                raise cause_of(error) from None
+            for left in self._roster.dismiss(worker, cause_of(error)):
+                self._retry(left, "worker_died", guilty=False)
+            return
         job = stream.jobs.pop(report.job.id, None)
         if job is None:  # it was dropped, and had ended before the worker knew
             return
         failed = StopReason.INFRASTRUCTURE_ERROR.value in report.stop_reasons
         if failed and job.attempt < self._config.rollout.retries:
-            self._flights[job.id].counts.aborted["infrastructure_error"] += job.size
-            self._suspects.append(job.again())
+            self._retry(job, "infrastructure_error")
             return
         self._end(job.id).groups.append(GroupHandle(report, payload))
 
-    def _lost(self, worker: Worker, death: RayActorError) -> None:
+    def _lost(self, worker: Worker, death: Exception) -> None:
         """A worker died: its unfinished groups become suspects, or are given up."""
         self._deaths += 1
         jobs = self._roster.lost(worker, death)
-        # Only a group that was alone on the worker is known to have been there when it died.
-        guilty = len(jobs) == 1
         for job in jobs:
-            self._flights[job.id].counts.aborted["worker_died"] += job.size
-            again = job.again()
-            if guilty and again.attempt > self._config.rollout.retries:
-                self._end(job.id)
-            else:
-                self._suspects.append(again if guilty else job)
+            # Only a group that was alone on the worker is known to have been there when it died.
+            self._retry(job, "worker_died", guilty=len(jobs) == 1)
+
+    def _retry(self, job: GroupJob, reason: str, *, guilty: bool = True) -> None:
+        """A group was played in vain: it is a suspect, or given up if it is guilty too often."""
+        self._flights[job.id].counts.aborted[reason] += job.size
+        again = job.again() if guilty else job
+        if again.attempt > self._config.rollout.retries:
+            self._end(job.id)
+        else:
+            self._suspects.append(again)
 
 
 @contextmanager
@@ -346,7 +354,9 @@ def _workers(config: Config, placement: Placement, engines: Sequence[Any]) -> It
     def make(index: int) -> Any:
         options = placement.worker(index)
         # An async actor runs as many calls at once as it has pings and plays outstanding.
-        calls = _CALLS + limits.concurrency
+        train = config.train
+        plays = train.tasks_per_step * (1 + train.max_staleness) + train.oversample
+        calls = _CALLS + max(limits.concurrency, plays)
         return cls.options(**options, max_concurrency=calls).remote(config, index, most, paths, engines)
 
     workers = [Worker(i, make(i)) for i in range(limits.workers)]

@@ -101,6 +101,7 @@ class RolloutWorker:
         Yields:
             For each group that was not dropped, in the order they finish: its payload, then its report.
         """
+        await self.ready()  # Ray may have restarted it while nobody looked
         inference = self._loaded()
         if any(not job.expert for job in jobs):
             await inference.hold(version, weights)

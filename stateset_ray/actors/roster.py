@@ -120,7 +120,14 @@ class Roster:
             return False
         return item == worker.ping and self._pinged(worker)
 
-    def lost(self, worker: Worker, death: RayActorError) -> list[GroupJob]:
+    def dismiss(self, worker: Worker, cause: Exception) -> list[GroupJob]:
+        """A guest cannot work here: the run goes on without it; the groups that it had still to play."""
+        _log.warning("rollout worker %d is dismissed: %s", worker.index, cause)
+        ray.kill(worker.actor)
+        self.workers.remove(worker)
+        return worker.clear()
+
+    def lost(self, worker: Worker, death: Exception) -> list[GroupJob]:
         """A worker died: ask for it again; the groups that it had still to play."""
         jobs = worker.clear()
         if isinstance(death, ActorDiedError):
@@ -183,9 +190,7 @@ class Roster:
         except RayTaskError as error:
             if not worker.guest:
                 raise cause_of(error) from None
-            _log.warning("rollout worker %d cannot join: %s", worker.index, cause_of(error))
-            ray.kill(worker.actor)
-            self.workers.remove(worker)
+            self.dismiss(worker, cause_of(error))
             return False
         except RayActorError as error:
             if isinstance(error, ActorDiedError):

@@ -32,6 +32,12 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
             f"{name} took longer than rollout.environment_timeout = {timeout} s",
             mend="make it faster, or raise the limit",
         ) from None
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Nobody cancelled this conversation: the environment awaited something of its own that was.
+        raise EnvironmentFault(f"{name} raised CancelledError: what it awaited was cancelled") from error
     except Exception as error:
         raise EnvironmentFault(f"{name} raised {type(error).__name__}: {error}") from error
     for message in step.messages if isinstance(step, Step) else (None,):

@@ -89,6 +89,11 @@ class Engine(Policy, Protocol):
     version: int
     stats: EngineStats
 
+    @property
+    def dead(self) -> bool:
+        """Whether it will never answer again, and has to be built anew."""
+        ...
+
     def forget(self) -> None:
         """Answer later turns as if none had been answered before: nothing that is cached is used."""
         ...

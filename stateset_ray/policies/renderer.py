@@ -17,7 +17,7 @@ lately is remembered (`_REMEMBERED`), unless the template writes the time.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -25,10 +25,12 @@ from stateset_ray.errors import TemplateError
 from stateset_ray.policies.template import control_tokens, encoder, writer
 from stateset_ray.types import Message, Role
 
-__all__ = ["Renderer"]
+__all__ = ["Renderer", "characters"]
 
 _REMEMBERED = 1024
 """Texts of one kind that are remembered: openings, suffixes, scripted replies, sampled replies."""
+_LONG = 16_384
+"""Characters beyond which a prompt is not remembered: a thousand of them would fill a machine."""
 
 _Said = tuple[tuple[Role, str], ...]
 """(role, content) of messages: what templates are given of them, and what hashes."""
@@ -91,7 +93,10 @@ class Renderer:
 
     def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The first prompt of a conversation, ready for the policy's reply."""
-        return self._opening(self._template, _said(messages))
+        said = _said(messages)
+        if characters(messages) > _LONG:
+            return self._render_opening(self._template, said)
+        return self._opening(self._template, said)
 
     def suffix(self, messages: Sequence[Message], *, stopped: bool = True) -> tuple[int, ...]:
         """What follows a reply: the new messages and the next generation prompt.
@@ -101,7 +106,14 @@ class Renderer:
             stopped: False if the reply was cut before its stop token, which is then closed here. The
                 closing token was not sampled, so it belongs to the context.
         """
+        if characters(messages) > _LONG:
+            return self._render_suffix(self._template, _said(messages), stopped)
         return self._suffix(self._template, _said(messages), stopped)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a prompt of n tokens has at most n times as many."""
+        return max(len(token) for token in self._tokenizer.get_vocab())
 
     def next_prompt(
         self, ids: Sequence[int], messages: Sequence[Message], new: int, *, stopped: bool
@@ -267,6 +279,11 @@ class Renderer:
             if (ids, again) != (once, twice):
                 return False
         return True
+
+
+def characters(messages: Sequence[Message]) -> int:
+    """Characters that messages say."""
+    return sum(len(message.content) for message in messages)
 
 
 def _said(messages: Sequence[Message]) -> _Said:

@@ -91,6 +91,7 @@ class TransformersEngine:
         self._open.set()
         self._task: asyncio.Task[None] | None = None
         self.version = 0
+        self.dead = False  # it lives and dies with its process
         self.stats = EngineStats()
 
     async def reply(

@@ -91,8 +91,14 @@ class VllmEngine:
         """See `Policy.release`: nothing to do, vLLM gives up what was not used for longest."""
 
     def forget(self) -> None:
-        """See `Engine.forget`."""
-        self._cleared += 1
+        """See `Engine.forget`; while turns run, what they have cached stays."""
+        if self._turns.idle:
+            self._cleared += 1
+
+    @property
+    def dead(self) -> bool:
+        """See `Engine`: vLLM's own process has ended, or holds half of the weights."""
+        return bool(self._broken or self._llm.errored)
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Engine.load_weights`.
@@ -234,6 +240,11 @@ class _Turns:
         self._idle.set()
         self._changing = asyncio.Lock()
         self.seconds = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no turn runs."""
+        return not self._running
 
     @contextlib.asynccontextmanager
     async def one(self) -> AsyncIterator[None]:

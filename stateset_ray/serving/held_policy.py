@@ -18,7 +18,7 @@ from typing import Any
 from stateset_ray.errors import InfrastructureFault, ModelError, TemplateError
 from stateset_ray.models import Hardware, generation_stop_ids, load_model, load_tokenizer
 from stateset_ray.policies.base import Reply, ReplyRequest
-from stateset_ray.policies.renderer import Renderer
+from stateset_ray.policies.renderer import Renderer, characters
 from stateset_ray.policies.transformers_engine import TransformersEngine
 from stateset_ray.serving.events import Ask, Began, Ended, Event, Piece, Refused, TokenLogprob
 from stateset_ray.serving.memory import ConversationMemory
@@ -115,6 +115,16 @@ class HeldPolicy:
             await self.engine.close()
 
     async def _answer(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
+        said = characters(ask.messages)
+        if said > self.max_context * self.renderer.longest_token:  # found out before rendering costs anything
+            yield (
+                Refused(
+                    400, "context_length_exceeded",
+                    f"the conversation has {said} characters, which the policy's context of "
+                    f"{self.max_context} tokens cannot hold", "messages",
+                ),
+            )  # fmt: skip
+            return
         try:
             prompt = self.memory.prompt(self.renderer, ask.tenant, ask.messages)
         except TemplateError:

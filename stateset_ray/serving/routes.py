@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import math
 import secrets
 import time
 import uuid
@@ -29,6 +31,9 @@ from stateset_ray.serving.source import Source, pin
 
 __all__ = ["routes"]
 
+_log = logging.getLogger("ray.serve")
+_PULSE_SECONDS = 1.0  # for which an answer to whether anybody is ready holds
+_BUSY_SECONDS = 20.0  # for which replicas that do not answer are taken to be busy
 _READY_SECONDS = 5.0
 _VERSION = "x-policy-version"
 _CHAT_SCHEMA = {
@@ -77,23 +82,49 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
 
 
 def _add_health(app: FastAPI, policies: Policies) -> None:
+    pulse = _Pulse(policies)
+
     async def healthz() -> dict[str, str]:
         """This ingress replica is alive."""
         return {"status": "ok"}
 
     async def readyz() -> Response:
         """A policy replica can answer."""
-        try:
-            async with asyncio.timeout(_READY_SECONDS):
-                found = await policies.status()
-        except Exception:  # whatever it is, the answer is the same
+        version = await pulse.version()
+        if version is None:
             return JSONResponse({"status": "no policy replica answers"}, 503)
-        return JSONResponse({"status": "ready", "version": found["version"]})
+        return JSONResponse({"status": "ready", "version": version})
 
     for path in ("/healthz", "/health", "/health/live"):
         app.get(path)(healthz)
     for path in ("/readyz", "/health/ready"):
         app.get(path)(readyz)
+
+
+class _Pulse:
+    """Whether a policy replica answers; asked once for all who want to know, since they need no key."""
+
+    def __init__(self, policies: Policies) -> None:
+        self._policies = policies
+        self._version: str | None = None
+        self._asked = self._answered = -math.inf
+        self._asking = asyncio.Lock()
+
+    async def version(self) -> str | None:
+        """What a replica answers with; None if none has answered for a while.
+
+        Replicas that are busy do not answer at once; they are ready all the same.
+        """
+        async with self._asking:
+            if time.monotonic() - self._asked > _PULSE_SECONDS:
+                try:
+                    async with asyncio.timeout(_READY_SECONDS):
+                        self._version = str((await self._policies.status())["version"])
+                    self._answered = time.monotonic()
+                except Exception as error:  # whatever it is, the answer is the same
+                    _log.debug("no policy replica said what it holds: %s", error)
+                self._asked = time.monotonic()
+        return self._version if time.monotonic() - self._answered < _BUSY_SECONDS else None
 
 
 def _add_admin(app: FastAPI, settings: ServeSettings, policies: Policies) -> None:

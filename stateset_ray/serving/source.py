@@ -15,14 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stateset_ray.checkpoint import open_checkpoint
+from stateset_ray.checkpoint import PIN, open_checkpoint
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import CheckpointError, ConfigError
 from stateset_ray.manifest import MANIFEST, verify
 
 __all__ = ["Candidate", "Source", "pin", "pinned"]
 
-_PIN = "serve-pin"
 _STEP = re.compile(r"step-\d{8,}")
 _SHORT = 32  # characters of a label's name
 
@@ -132,16 +131,16 @@ def pin(run: Path, name: str | None) -> None:
         CheckpointError: the checkpoint is not there, or not whole.
     """
     if name is None:
-        (run / _PIN).unlink(missing_ok=True)
+        (run / PIN).unlink(missing_ok=True)
         return
     if not _STEP.fullmatch(name):
         raise ConfigError(
             "this is not the name of a checkpoint", given=name, mend="for example step-00000012"
         )
     verify(run / "checkpoints" / name)
-    beside = run / f"{_PIN}.tmp-{uuid.uuid4().hex}"
+    beside = run / f"{PIN}.tmp-{uuid.uuid4().hex}"
     beside.write_text(name + "\n", encoding="utf-8")
-    beside.replace(run / _PIN)
+    beside.replace(run / PIN)
 
 
 def pinned(run: Path) -> str | None:
@@ -151,14 +150,14 @@ def pinned(run: Path) -> str | None:
         CheckpointError: the pin is damaged; it is not overruled.
     """
     try:
-        name = (run / _PIN).read_text(encoding="utf-8").strip()
+        name = (run / PIN).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError("the pin of this run cannot be read", given=str(run / _PIN)) from error
+        raise CheckpointError("the pin of this run cannot be read", given=str(run / PIN)) from error
     if not _STEP.fullmatch(name):
         raise CheckpointError(
-            "the pin of this run names no checkpoint", given=str(run / _PIN), mend="remove it"
+            "the pin of this run names no checkpoint", given=str(run / PIN), mend="remove it"
         )
     return name
 

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stateset_ray.environments.base import Environment, build_environment, call, load_environment
+from stateset_ray.environments.boundary import ask
 from stateset_ray.environments.customer_service import CustomerService
-from stateset_ray.errors import ConfigError
+from stateset_ray.environments.echo import Echo
+from stateset_ray.errors import ConfigError, EnvironmentFault
 from stateset_ray.types import Message, Split, Step, Task
 
 CUSTOMER_SERVICE = "stateset_ray.environments.customer_service:CustomerService"
@@ -285,3 +287,32 @@ def test_customer_service_plays_only_the_intents_it_is_given(difficulty: int) ->
     assert [env.task("train", index).data["intent"] for index in range(3)] == [
         "cancel", "order_status", "cancel",
     ]  # fmt: skip
+
+
+class _Cancelled(Echo):
+    """Awaits a task of its own that somebody has cancelled, as HTTP clients do."""
+
+    async def step(self, message: Message) -> Step:
+        own = asyncio.ensure_future(asyncio.Event().wait())
+        own.cancel()
+        await own
+        return Step()
+
+
+def test_what_an_environment_has_cancelled_is_its_fault_and_cancels_nobody() -> None:
+    async def play() -> None:
+        with pytest.raises(EnvironmentFault, match="was cancelled"):
+            await ask(_Cancelled(), "step", 5.0, Message("assistant", "hi"))
+        asked = asyncio.create_task(ask(_Waits(), "step", 5.0, Message("assistant", "hi")))
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):  # the conversation itself: passed on
+            await asked
+
+    asyncio.run(play())
+
+
+class _Waits(Echo):
+    async def step(self, message: Message) -> Step:
+        await asyncio.Event().wait()
+        return Step()

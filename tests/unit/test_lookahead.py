@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stateset_ray.actors.credit import _chosen
 from stateset_ray.actors.flight import Collected, Flight, GroupHandle
 from stateset_ray.actors.jobs import GroupJob, GroupReport, SampleSize
 from stateset_ray.actors.lookahead import Lookahead, may_start
@@ -138,7 +139,9 @@ def test_bug_27_every_task_is_learned_from_once_and_what_was_outrun_in_the_next_
     waited: set[str] = set()
     for pool.step in range(8):
         collected = ahead.take(pool.step, staleness, lambda: False)
-        names = [group.report.job.task.id for group in collected.groups]
+        chosen, left_out = _chosen(collected.groups, config)
+        assert not left_out  # what has ended is learned from
+        names = [group.report.job.task.id for group in chosen]
         assert 3 <= len(names) <= 3 + oversample
         assert collected.counts.dispatched == 2 * len(names) + collected.counts.aborted.total()
         assert all(pool.step - pool.begun[name] <= staleness for name in names)

@@ -17,8 +17,8 @@ def test_bug_37_no_fault_loses_or_doubles_a_trajectory(tmp_path: Path) -> None:
     faults = ["worker", "engine", "learner", "node", "raise", "block"]
     file = tmp_path / "faults.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.faults", "--seeds", "1", "--gap", "2", "--checkpoint-every", "1", "--group-size", "4",
-         "--faults", *faults, "--output", str(file)],
+        [sys.executable, "-m", "benchmarks.faults", "--seeds", "1", "--gap", "2", "--checkpoint-every", "1",
+         "--group-size", "4", "--faults", *faults, "--output", str(file)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=450,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
