@@ -306,7 +306,7 @@ def _retain(root: Path, step: int, keep: int) -> None:
     """Delete all but the `keep` newest at or below `step`; the one just committed is the first of these."""
     whole = [f for f in _steps(root) if f[0] <= step and not f[1].suffix and (f[1] / MANIFEST).is_file()]
     pin = root.parent / PIN
-    pinned = pin.read_text(encoding="utf-8").strip() if pin.is_file() else ""
+    pinned = pin.read_text(encoding="utf-8", errors="replace").strip() if pin.is_file() else ""
     for _, folder in sorted(whole, reverse=True)[keep:]:
         if folder.name == pinned:  # an endpoint answers with it
             continue

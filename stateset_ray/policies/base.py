@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from stateset_ray.errors import InfrastructureFault
 from stateset_ray.types import Message
 
-__all__ = ["Engine", "EngineStats", "Policy", "Reply", "ReplyRequest"]
+__all__ = ["Engine", "EngineStats", "Policy", "Reply", "ReplyRequest", "check_fits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,20 @@ class Reply:
     logprobs: tuple[float, ...]
     policy_version: int
     finish: Literal["stop", "length"]
+
+
+def check_fits(request: ReplyRequest, max_context: int) -> None:
+    """Refuse a request whose prompt and reply are longer than an engine's context.
+
+    Raises:
+        InfrastructureFault: they are.
+    """
+    if len(request.prompt_ids) + request.max_tokens > max_context:
+        raise InfrastructureFault(
+            f"a prompt of {len(request.prompt_ids)} tokens and a reply of {request.max_tokens} exceed the "
+            f"engine's context of {max_context}",
+            mend="the rollout must stop at its max_context; make both limits equal",
+        )
 
 
 class Policy(Protocol):

@@ -26,7 +26,7 @@ import torch
 
 from stateset_ray.errors import InfrastructureFault, ModelError
 from stateset_ray.models import Hardware
-from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest
+from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest, check_fits
 from stateset_ray.policies.kv_cache import CachedRows, Ids, KVCache, Slot, common_prefix
 from stateset_ray.policies.packed_linear import InferenceWeights
 
@@ -105,12 +105,7 @@ class TransformersEngine:
             on_token: told each token and its log-probability as it is sampled. It is called between two
                 forward passes, in the event loop's thread, and must neither wait nor raise.
         """
-        if len(request.prompt_ids) + request.max_tokens > self._max_context:
-            raise InfrastructureFault(
-                f"a prompt of {len(request.prompt_ids)} tokens and a reply of {request.max_tokens} "
-                f"exceed the engine's context of {self._max_context}",
-                mend="the rollout must stop at its max_context; make both limits equal",
-            )
+        check_fits(request, self._max_context)
         await self._open.wait()
         turn = _Turn(
             request,

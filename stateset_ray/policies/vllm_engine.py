@@ -28,7 +28,7 @@ import torch
 
 from stateset_ray.errors import InfrastructureFault, ModelError
 from stateset_ray.models import Hardware, config_only, local_folder, parameter_shapes
-from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest
+from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest, check_fits
 
 __all__ = ["VllmEngine"]
 
@@ -74,12 +74,7 @@ class VllmEngine:
 
     async def reply(self, request: ReplyRequest) -> Reply:
         """Sample one reply; see `Policy.reply`. Cancelling it frees what vLLM held for it."""
-        if len(request.prompt_ids) + request.max_tokens > self._max_context:
-            raise InfrastructureFault(
-                f"a prompt of {len(request.prompt_ids)} tokens and a reply of {request.max_tokens} "
-                f"exceed the engine's context of {self._max_context}",
-                mend="the rollout must stop at its max_context; make both limits equal",
-            )
+        check_fits(request, self._max_context)
         async with self._turns.one():
             if self._broken:
                 raise InfrastructureFault(self._broken, mend="restart the engine")

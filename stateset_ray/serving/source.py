@@ -15,14 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stateset_ray.checkpoint import PIN, open_checkpoint
+from stateset_ray.checkpoint import PIN, open_checkpoint, pointed
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import CheckpointError, ConfigError
 from stateset_ray.manifest import MANIFEST, verify
 
 __all__ = ["Candidate", "Source", "pin", "pinned"]
 
-_STEP = re.compile(r"step-\d{8,}")
+_STEP = re.compile(r"step-\d{8,}")  # not what was moved aside
 _SHORT = 32  # characters of a label's name
 
 
@@ -110,9 +110,9 @@ class Source:
             return None
         root = self.run / "checkpoints"
         try:
-            name = pinned(self.run) or (root / "latest").read_text(encoding="utf-8").strip()
+            name = pinned(self.run) or pointed(root)
             return _candidate(root / name) if _STEP.fullmatch(name) else None
-        except (OSError, UnicodeDecodeError):
+        except OSError:
             return None  # it is being replaced, or was removed since
 
     def config(self) -> Config:
