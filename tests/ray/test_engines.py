@@ -30,7 +30,10 @@ def test_a_run_with_engines_apart_is_the_run_without(tmp_path: Path) -> None:
     assert all(abs(r["kl_mismatch"]) < 1e-4 for r in other)
 
 
-@pytest.mark.parametrize("transport", ["object_store", "folder", "collective"])
+@pytest.mark.parametrize(
+    "transport",
+    ["object_store", *(pytest.param(t, marks=pytest.mark.slow) for t in ("folder", "collective"))],
+)
 def test_a_killed_engine_costs_no_conversation_and_comes_back_with_the_weights_of_now(
     tmp_path: Path, transport: str
 ) -> None:

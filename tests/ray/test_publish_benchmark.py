@@ -17,7 +17,9 @@ from benchmarks.publish import TRANSPORTS, measure  # noqa: E402
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    "transport", [t if t == "collective" else pytest.param(t, marks=pytest.mark.slow) for t in TRANSPORTS]
+)
 def test_every_version_is_answered_with_while_requests_go_on(transport: str, tmp_path: Path) -> None:
     options = argparse.Namespace(
         model="tiny", engines=2, conversations=3, repeats=2, bucket_mib=1, folder=str(tmp_path)
