@@ -588,3 +588,12 @@ def test_any_life_of_a_checkpoint_folder(saver: Saver) -> None:
             database=None,
         ),
     )
+
+
+def test_the_checkpoint_that_an_endpoint_is_held_at_is_not_removed(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    save(root, 1, "pinned", keep=1)
+    (tmp_path / checkpoint.PIN).write_text("step-00000001\n")
+    for step in (2, 3):
+        save(root, step, "later", keep=1)
+    assert committed(root) == ["step-00000001", "step-00000003"]
