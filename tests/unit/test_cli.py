@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from stateset_ray import __version__, cli
+from stateset_ray.cli import base, talking
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import ConfigError, ModelError
 
@@ -97,13 +98,13 @@ def test_a_mistake_gets_one_clear_error(args: list[str], code: int, words: list[
     [(ConfigError("bad"), 2), (ModelError("bad"), 1), (KeyboardInterrupt(), 130)],
 )
 def test_exit_codes(error: BaseException, code: int) -> None:
-    with pytest.raises(typer.Exit) as caught, cli._errors():
+    with pytest.raises(typer.Exit) as caught, base.errors():
         raise error
     assert caught.value.exit_code == code
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), cli._errors():
+    with pytest.raises(ZeroDivisionError), base.errors():
         _ = 1 / 0
 
 
@@ -145,9 +146,9 @@ def test_a_dry_run_needs_the_expert_that_warm_start_needs(tmp_path: Path) -> Non
 def test_modules_are_found_beside_the_configuration_and_here(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    cli._find_modules_beside(elsewhere / "config.toml")
+    base.find_modules_beside(elsewhere / "config.toml")
     assert sys.path[:2] == [str(tmp_path), str(elsewhere)]
-    cli._find_modules_beside(tmp_path / "config.toml")
+    base.find_modules_beside(tmp_path / "config.toml")
     assert sys.path.count(str(tmp_path)) == 1
 
 
@@ -155,18 +156,18 @@ def test_a_run_folder_resumes_where_it_lies_now(tmp_path: Path) -> None:
     folder = tmp_path / "moved" / "demo"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(Config.model_validate({"run": {"name": "old"}}).to_toml())
-    resumed = cli._training_config(folder, ["train.steps=3"], resume=True)
+    resumed = base.training_config(folder, ["train.steps=3"], resume=True)
     assert resumed.run.folder == folder
     assert resumed.train.steps == 3
-    assert cli._training_config(folder, [], resume=False).run.name == "old"
+    assert base.training_config(folder, [], resume=False).run.name == "old"
 
 
 def test_what_chat_takes(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
-    settings, trained = cli._chat_config("tiny", ["rollout.temperature=0.5"])
+    settings, trained = talking._chat_config("tiny", ["rollout.temperature=0.5"])
     assert (settings.model.name, settings.rollout.temperature, trained) == ("tiny", 0.5, False)
     assert settings.rollout.max_turn_tokens == 256
-    settings, trained = cli._chat_config("tiny.toml", [])
+    settings, trained = talking._chat_config("tiny.toml", [])
     assert (settings.rollout.max_turn_tokens, trained) == (48, True)
 
 

@@ -1,0 +1,25 @@
+"""The command line. Every command imports what it needs when it is called: `--help` loads nothing heavy.
+
+Exit codes: 0 done, 1 it failed, 2 the configuration or the command is wrong, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+from stateset_ray.cli.base import app
+from stateset_ray.cli.learning import evaluate, train
+from stateset_ray.cli.serving import serve
+from stateset_ray.cli.talking import chat
+from stateset_ray.cli.workshop import doctor, init, version
+
+__all__ = ["app", "chat", "doctor", "evaluate", "init", "main", "serve", "train", "version"]
+
+
+def main() -> None:
+    """The program `stateset-ray`."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # not every stream can be told
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # policies say anything
+    app(prog_name="stateset-ray")

@@ -1,0 +1,37 @@
+"""`serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stateset_ray.cli.base import Set, app, errors
+
+__all__ = ["serve"]
+
+
+@app.command()
+def serve(
+    source: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or a model's name.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    host: Annotated[str, typer.Option(help="Which address; others than loopback need keys.")] = "127.0.0.1",
+    keys: Annotated[Path | None, typer.Option(help="A file of API keys.")] = None,
+    new_key: Annotated[str | None, typer.Option(metavar="NAME", help="Add a key to --keys, show it.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="With --new-key: it may change weights.")] = False,
+    pin: Annotated[
+        str | None, typer.Option(metavar="STEP", help="Hold RUN at a checkpoint; 'latest' lets it go on.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="Write a file for 'serve deploy'.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Check such a file, strictly.")] = None,
+    set_: Set = None,
+) -> None:
+    """Put a policy behind an endpoint that OpenAI's clients understand."""
+    with errors():
+        from stateset_ray.serve import Errand, serve_command
+
+        errand = Errand(source, port, host, keys, new_key, admin, pin, write, check, tuple(set_ or ()))
+        serve_command(errand, typer.echo)
