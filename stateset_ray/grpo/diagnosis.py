@@ -105,7 +105,8 @@ def _of_update(record: Mapping[str, Any], config: Config) -> Iterator[Problem]:
     update = record["update"]
     mismatch = update.get("kl_mismatch_k3", 0.0)
     # Old data is far from the policy for a good reason: then the clip and the correction answer for it.
-    if mismatch > _MISMATCH_WARNS and config.train.updates_per_step == 1:
+    old = config.train.updates_per_step > 1 or bool(record["staleness"]["max"])
+    if mismatch > _MISMATCH_WARNS and not old:
         yield Problem(
             "sampler_disagrees",
             f"sampler and trainer disagree by {mismatch:.3g} nats per token on what was sampled: "

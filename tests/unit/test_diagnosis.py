@@ -16,6 +16,7 @@ HEALTHY: dict[str, Any] = {
     "truncated_share": 0.1,
     "stop_reasons": {"completed": 30, "turn_tokens": 2},
     "errors": [],
+    "staleness": {"mean": 0.0, "max": 0},
     "update": {
         "kl_mismatch_k3": 2e-4, "clip_fraction_low": 0.01, "clip_fraction_high": 0.02, "entropy": 1.2,
         "grad_norm": 0.5,
@@ -31,6 +32,13 @@ def names(**changes: Any) -> list[str]:
 def test_a_healthy_step_has_nothing_to_say() -> None:
     assert names() == []
     assert diagnose({**HEALTHY, "update": {}}, load_config()) == []  # nothing was learned, nothing measured
+
+
+def test_what_was_sampled_by_older_weights_may_differ_from_what_is_learned_now() -> None:
+    far = {"kl_mismatch_k3": 1.5}
+    assert names(update=far) == ["sampler_disagrees"]
+    assert names(update=far, staleness={"mean": 1.2, "max": 2}) == []
+    assert names(update=far, staleness={"mean": None, "max": None}) == ["sampler_disagrees"]
 
 
 @pytest.mark.parametrize(
