@@ -85,6 +85,11 @@ class Config(Section):
             )
         if rollout.engine_kind == "vllm":
             _check_vllm(rollout.temperature, self.evaluate.temperature)
+        if rollout.sleep and (self.train.max_staleness or rollout.engine_kind == "vllm"):
+            raise ValueError(
+                "rollout.sleep is for transformers engines that wait while the learner computes: set "
+                "train.max_staleness = 0 and rollout.engine_kind = 'transformers', or sleep = false"
+            )
         if rollout.engines and self.cluster.worker_gpus:
             raise ValueError(
                 f"cluster.worker_gpus = {self.cluster.worker_gpus} would lie idle: with rollout.engines = "

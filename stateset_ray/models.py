@@ -151,6 +151,11 @@ class Hardware:
         """Set this process's torch threads."""
         torch.set_num_threads(self.threads)
 
+    def give_back(self) -> None:
+        """Let other processes have the GPU memory that torch holds in reserve; on a CPU there is none."""
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
 
 def choose_hardware(config: ModelConfig, gpus: float, peers: int = 1) -> Hardware:
     """Decide device, dtype and threads of one actor.

@@ -78,6 +78,8 @@ class RolloutConfig(Section):
     """Inference engines apart from the workers, which then need no model; 0: one inside each worker."""
     engine_kind: Literal["transformers", "vllm"] = "transformers"
     """What an engine is made of: plain transformers, on any machine; or vLLM (extra `vllm`), for GPUs."""
+    sleep: bool = False
+    """Engines give up weights and cache while the learner computes: for a GPU that both use in turns."""
     concurrency: int = Field(default=64, ge=1)
     """Conversations that one worker holds at once (each owns a KV-cache slot)."""
     temperature: float = Field(default=1.0, gt=0, le=10)

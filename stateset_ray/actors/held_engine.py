@@ -83,6 +83,7 @@ class HeldEngine:
         self._engine = _new_engine(config, hardware, renderer)
         self._engine.version = _NO_WEIGHTS
         self._lineage = 0
+        self._fetched = False
         self._receiver = receiver(config)
         self._loading = asyncio.Lock()
         self._taking: set[asyncio.Task[bool]] = set()
@@ -116,8 +117,15 @@ class HeldEngine:
                 return True
             arrived = await self._receiver.fetch(version, lineage, handle)
             await self._engine.load_weights(arrived.version, arrived.tensors)
-            self._lineage = lineage
+            self._lineage, self._fetched = lineage, True
             return True
+
+    async def sleep(self) -> None:
+        """Give up the memory of weights and cache until `hold`; before the first published ones, nothing."""
+        async with self._loading:
+            if self._fetched:
+                await self._engine.sleep()
+                self._engine.version = _NO_WEIGHTS
 
     def _holds(self, version: int, lineage: int) -> bool:
         return self._lineage == lineage and self._engine.version >= version

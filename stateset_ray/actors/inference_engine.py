@@ -55,6 +55,10 @@ class InferenceEngine:
         await self.hold(version, weights)
         return await (await self._engine()).reply(request)
 
+    async def sleep(self) -> None:
+        """Give up the memory of weights and cache until somebody asks for a version of them."""
+        await (await self._engine()).sleep()
+
     def sees(self, root: str, token: str) -> tuple[bool, str]:
         """See `publishing.folder.sees`."""
         return sees(root, token)

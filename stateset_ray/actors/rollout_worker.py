@@ -130,6 +130,11 @@ class RolloutWorker:
             if group := self._groups.get(name):
                 group.cancel()
 
+    async def sleep(self) -> None:
+        """Let an engine of this worker's own give up weights and cache until the next `play`."""
+        if isinstance(self._inference, HeldEngine):
+            await self._inference.sleep()
+
     def stats(self) -> dict[str, float]:
         """What the engine has done so far, or the router; see `EngineStats` and `Router.stats`."""
         return self._loaded().stats()

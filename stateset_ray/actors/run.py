@@ -25,6 +25,7 @@ from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
 from stateset_ray.actors.run_folder import open_folder
 from stateset_ray.actors.task_stream import TaskStream
+from stateset_ray.actors.time_sharing import fall_asleep
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment, build_environment, check_expert
 from stateset_ray.errors import LearnerLost, RunError
@@ -119,6 +120,8 @@ class Run:
         if not batch.updates:
             return {}
         self._between = loss != "policy"
+        if self.config.rollout.sleep:
+            fall_asleep(self.pool.receivers, self.config.rollout.turn_timeout)
         return self._ahead.meanwhile(
             step, staleness, lambda: self.learners.update(batch.updates, step, loss, self.kl_coef)
         )

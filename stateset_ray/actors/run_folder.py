@@ -21,7 +21,7 @@ __all__ = ["open_folder"]
 _MAY_CHANGE = (
     "run.name", "run.dir", "run.log_trajectories", "train.steps", "train.checkpoint_every",
     "train.keep_checkpoints", "train.evaluate_every", "rollout.workers", "rollout.max_workers",
-    "rollout.engines", "rollout.retries", "rollout.heartbeat_timeout",
+    "rollout.engines", "rollout.retries", "rollout.heartbeat_timeout", "rollout.sleep",
     "learner.timeout", "learner.ranks", "learner.restarts", "learner.micro_batch_tokens",
     "learner.logit_chunk", "learner.share_prefix", "learner.gradient_checkpointing", "learner.attention",
     "model.threads",

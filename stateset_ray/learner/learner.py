@@ -162,6 +162,8 @@ class Learner:
         self._refresh_reference_after(step, loss)
         peak = torch.zeros(self.world, dtype=torch.float64, device=self._hardware.device)
         peak[self.rank] = self._memory.bytes()
+        if self._config.rollout.sleep:
+            self._hardware.give_back()  # the engines need it now
         return {
             **total.means(loss, len(norms), reference=self._reference is not None),
             "grad_norm": sum(norms) / len(norms),

@@ -91,6 +91,8 @@ class EngineStats:
     """Passes through the model; 0 where the engine does not tell."""
     seconds: float = 0.0
     """Spent on replies."""
+    sleeps: int = 0
+    """How often it gave up its memory."""
 
 
 class Engine(Policy, Protocol):
@@ -123,6 +125,10 @@ class Engine(Policy, Protocol):
         Raises:
             ModelError: the tensors are not those of this model; nothing was changed then.
         """
+        ...
+
+    async def sleep(self) -> None:
+        """Give up weights and cache; turns that run end before, later ones wait for new weights."""
         ...
 
     async def close(self) -> None:

@@ -66,12 +66,23 @@ class KVCache:
         self, *, layers: int, kv_heads: int, head_dim: int, slots: int, context: int,
         device: str, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        shape = (layers, 2, slots, kv_heads, context, head_dim)
-        # Zeros: masked entries are multiplied by 0, which must not meet a NaN. Untouched pages of a CPU
-        # tensor cost no memory until a conversation reaches them.
-        self.entries = torch.zeros(shape, device=device, dtype=dtype)
+        self._shape = (layers, 2, slots, kv_heads, context, head_dim)
+        self.entries = torch.empty(0, device=device, dtype=dtype)
+        self.restore()
         self.slots = [Slot(row, np.zeros(context, np.int32)) for row in range(slots)]
         self._clock = 0
+
+    def drop(self) -> None:
+        """Forget everything and give the memory back, until `restore`."""
+        self.clear()
+        self.entries = self.entries.new_empty(0)
+
+    def restore(self) -> None:
+        """Have memory for all slots, if it was given back."""
+        if not self.entries.numel():
+            # Zeros: masked entries are multiplied by 0, which must not meet a NaN. Untouched pages of a CPU
+            # tensor cost no memory until a conversation reaches them.
+            self.entries = self.entries.new_zeros(self._shape)
 
     def clear(self) -> None:
         """Forget every entry and owner: the weights changed, or the state is in doubt."""

@@ -57,14 +57,19 @@ class PackedLinear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         # Not a buffer: a packed tensor cannot be saved, moved or compared like a plain one.
-        self._packed = _pack(linear.weight)
+        self._packed: torch.Tensor | None = _pack(linear.weight)
 
     def pack(self, weight: torch.Tensor) -> None:
         """Take another weight, [out_features, in_features]."""
         self._packed = _pack(weight)
 
+    def drop(self) -> None:
+        """Give the weight's memory back; `pack` must come before the next pass."""
+        self._packed = None
+
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
+        assert self._packed is not None  # nothing is asked of an engine without weights
         flat = rows.reshape(-1, self.in_features)
         # A single row would take another kernel, and with it other last bits than the same row in a batch.
         out = _multiply(flat.expand(2, -1), self._packed, self.bias)[:1] if len(flat) == 1 else None
@@ -100,6 +105,8 @@ class InferenceWeights:
         # What no linear layer holds any more is not in the state; a tied embedding still is.
         left = state_tensors(model)
         self._plain = {name: left[name] for name in plain if name in left}
+        self._model = model
+        self._dropped: list[tuple[torch.Tensor, torch.Size]] = []
 
     def mismatch(self, tensors: Mapping[str, Any]) -> list[str]:
         """Names that are missing, foreign, or of another shape, in order."""
@@ -108,8 +115,27 @@ class InferenceWeights:
         return sorted(wrong)
 
     @torch.no_grad()
+    def drop(self) -> None:
+        """Give the memory of all weights back; `load` must come before the next pass."""
+        if self._dropped:
+            return
+        loaded = self._model.state_dict().keys()  # what is computed from the configuration stays
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        self._dropped = [(tensor, tensor.shape) for name, tensor in named if name in loaded]
+        for tensor, _ in self._dropped:
+            tensor.data = tensor.new_empty(0)
+        for module in [module for modules in self._packed.values() for module in modules]:
+            module.drop()
+
+    @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take new weights; `mismatch` must have nothing against them."""
+        if self._dropped:
+            for tensor, shape in self._dropped:
+                tensor.data = tensor.new_empty(shape)
+            self._dropped = []
+            left = state_tensors(self._model)
+            self._plain = {name: left[name] for name in self._plain}
         for name, tensor in self._plain.items():
             tensor.copy_(tensors[name])
         for name, modules in self._packed.items():

@@ -92,6 +92,7 @@ class TransformersEngine:
         self._task: asyncio.Task[None] | None = None
         self.version = 0
         self.dead = False  # it lives and dies with its process
+        self._asleep = False
         self.stats = EngineStats()
 
     async def reply(
@@ -139,9 +140,27 @@ class TransformersEngine:
             await self._idle.wait()
             self._weights.load(tensors)
             self._cache.clear()
-            self.version = version
+            self._cache.restore()
+            self.version, self._asleep = version, False
         finally:
-            self._open.set()
+            if not self._asleep:
+                self._open.set()
+
+    async def sleep(self) -> None:
+        """See `Engine.sleep`."""
+        if self._asleep:
+            return
+        self._open.clear()
+        try:
+            await self._idle.wait()
+            self._weights.drop()
+            self._cache.drop()
+            self._hardware.give_back()
+            self._asleep = True
+            self.stats.sleeps += 1
+        finally:
+            if not self._asleep:
+                self._open.set()
 
     async def close(self) -> None:
         """See `Engine.close`."""

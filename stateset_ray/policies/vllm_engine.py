@@ -115,6 +115,14 @@ class VllmEngine:
                 raise ModelError(self._broken, mend="restart the engine; vLLM's own log says more") from error
             self.version = version
 
+    async def sleep(self) -> None:
+        """Not offered.
+
+        Raises:
+            InfrastructureFault: always; `rollout.sleep` is refused for this engine.
+        """
+        raise InfrastructureFault("an engine of vLLM does not sleep", mend="set rollout.sleep = false")
+
     async def close(self) -> None:
         """See `Engine.close`; ends vLLM's process."""
         self._broken = "the engine was closed"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from playground import small
 from safetensors.torch import load_file
 
 from stateset_ray import checkpoint
+from stateset_ray.actors.run import Run
 from stateset_ray.config import Config
 from stateset_ray.errors import RunError
 from stateset_ray.metrics import JsonLines
 from stateset_ray.models import local_folder
-from stateset_ray.train import train
+from stateset_ray.train import train, train_step
 from stateset_ray.types import StopReason, Trajectory
 
 # A run starts two processes that load torch, transformers and DeepSpeed: 15 s on two busy cores.
@@ -168,6 +170,24 @@ def test_the_shape_of_the_run_changes_nothing(plain: Result, tmp_path: Path, sha
         expected = plain.weights(1)[name]
         assert not torch.equal(tensor, start[name])
         torch.testing.assert_close(tensor, expected, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_engines_that_sleep_while_the_learner_computes_change_nothing(plain: Result, tmp_path: Path) -> None:
+    """Bit for bit; evaluations wake them as well."""
+    slept: list[float] = []
+
+    def step(run: Run, number: int) -> Mapping[str, float]:
+        update = train_step(run, number)
+        slept.append(run.pool.stats()[0]["sleeps"])
+        return update
+
+    settings = ("train.steps=2", "rollout.sleep=true", "evaluate.tasks=4", "train.evaluate_every=1")
+    other = Result(small(tmp_path, *ALL, *settings), take_step=step)
+    assert slept == [1, 2]
+    for number in (1, 2):
+        name = "model.safetensors"
+        mine, theirs = other.checkpoint(number), plain.checkpoint(number)
+        assert (mine / name).read_bytes() == (theirs / name).read_bytes()
 
 
 # --- what is not learned from

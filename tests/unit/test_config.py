@@ -85,6 +85,13 @@ def test_no_override_raises_anything_but_a_config_error(text):
         load_config(None, [text])
 
 
+@pytest.mark.parametrize("why", ["train.max_staleness=1", "rollout.engine_kind=vllm"])
+def test_engines_sleep_only_where_nothing_is_asked_of_them_meanwhile(why):
+    assert load_config(None, ["rollout.sleep=true"]).rollout.sleep
+    with pytest.raises(ConfigError, match=r"rollout\.sleep is for"):
+        load_config(None, ["rollout.sleep=true", why])
+
+
 @pytest.mark.parametrize(
     ("heats", "wrong"),
     [

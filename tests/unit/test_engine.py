@@ -159,6 +159,36 @@ def test_bug_21_new_weights_come_between_turns_and_forget_every_cache(hardware):
     assert np.abs(scored(model, prompt, list(after.token_ids), 1.0) - np.array(after.logprobs)).max() < 1e-4
 
 
+def test_an_engine_that_sleeps_holds_nothing_and_wakes_with_new_weights(tiny, hardware):
+    model = copy.deepcopy(tiny)
+    weights = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
+
+    async def main():
+        engine = TransformersEngine(model, {STOP}, slots=4, max_context=96, hardware=hardware)
+        await engine.load_weights(1, weights)
+        first = await engine.reply(request(range(5, 45), tokens=12))
+        running = asyncio.create_task(engine.reply(request(range(5, 45), name="r", tokens=12)))
+        await asyncio.sleep(0)
+        await engine.sleep()
+        assert (await running).token_ids == first.token_ids  # it was let to end
+        await engine.sleep()  # again: nothing happens
+        held = sum(t.numel() for t in state_tensors(model).values()) + engine._cache.entries.numel()
+        early = asyncio.create_task(engine.reply(request(range(5, 45), name="e", tokens=12)))
+        with pytest.raises(ModelError):
+            await engine.load_weights(2, {"lm_head.weight": torch.zeros(2, 2)})
+        for _ in range(20):
+            await asyncio.sleep(0)
+        asked_early = early.done()
+        await engine.load_weights(2, weights)
+        return first, held, asked_early, await early
+
+    first, held, asked_early, again = asyncio.run(main())
+    assert held == 0
+    assert not asked_early
+    assert (again.token_ids, again.logprobs) == (first.token_ids, first.logprobs)
+    assert again.policy_version == 2
+
+
 def test_weights_of_another_model_change_nothing(tiny, hardware):
     async def main():
         engine = make(tiny, hardware)
