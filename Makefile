@@ -16,7 +16,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow vllm lint format clean
+.PHONY: help install demo test slow gpu vllm lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -44,6 +44,9 @@ test: lint  ## lint, then all tests but the slow ones and those that need a GPU
 
 slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm" $(PYTEST_FLAGS)
+
+gpu: install  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_FLAGS)
 
 vllm: $(VLLM_STAMP)  ## the tests with vLLM's CPU build, in an environment of their own (.venv-vllm)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm $(PYTEST_FLAGS)
