@@ -26,7 +26,7 @@ FLOORS: dict[str, float] = {
     "types": 1, "config": 1, "sections": 1, "objective": 1, "settings": 1, "errors": 1, "deadline": 1,
     # 2: nouns
     "environments": 2, "rewards": 2, "grpo": 2, "metrics": 2, "checkpoint": 2, "manifest": 2, "models": 2,
-    "offline_models": 2,
+    "offline_models": 2, "packing": 2, "storage": 2,
     # The package itself exports light nouns; those nouns must not lean on it in turn.
     PACKAGE: 2.5,
     # 3: what drives a model
@@ -54,6 +54,8 @@ SIDEWAYS = {
     ): "so have the sections, which are checked one by one; what they agree on is beside them",
     ("sections", "objective"): "sampling that breaks the objective's correction is refused where it is set",
     ("checkpoint", "manifest"): "one subject in two files: the order of things, and the bytes",
+    ("storage", "checkpoint"): "what is fetched becomes a checkpoint like any other",
+    ("storage", "manifest"): "the commit mark of an upload is the manifest",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
     ("train_async", "train"): "the same loop; only how a step is taken differs",
     ("learner", "policies.weights"): "one codec: the learner writes what the engines read",
@@ -79,8 +81,10 @@ LIBRARIES: dict[int | str, set[str]] = {
     "models": {"torch", "transformers"},
     "policies.vllm_engine": {"vllm"},
     "offline_models": {"torch", "transformers", "tokenizers", "filelock"},
+    "packing": {"pathspec"},
     "policies.vllm": {"vllm"},
     "rllib": {"gymnasium", "torch"},
+    "storage": {"fsspec"},
     "serving": {"fastapi", "limits", "starlette", "yaml"},
 }
 """What a floor may import from outside, and what one file or package may besides."""
