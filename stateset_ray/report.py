@@ -198,6 +198,9 @@ class Progress:
     def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
         self._say(f"checkpoint {event['path']}  ({event['seconds']:.1f} s)")
 
+    def _on_mirrored(self, event: Mapping[str, Any]) -> None:
+        self._say(f"mirrored {event['name']} to {clean(event['address'])}  ({event['seconds']:.1f} s)")
+
     def _on_stopping(self, event: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # a signal may come in the middle of another print
             self._say(

@@ -5,9 +5,10 @@ What sections must agree on is in `config`, the objective's section in `objectiv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -41,8 +42,28 @@ class RunConfig(Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: Path = Path("runs")
     seed: int = Field(default=0, ge=0)
+    mirror: str = ""
+    """Shared storage that checkpoints are sent to as well: s3://bucket/prefix, gs://..., an absolute path."""
     log_trajectories: int = Field(default=2, ge=0)
     """Conversations of each step that trajectories.jsonl gets, at most one of each group."""
+
+    @field_validator("mirror")
+    @classmethod
+    def _mirror_is_an_address(cls, mirror: str) -> str:
+        kind, scheme, place = mirror.partition("://")
+        if not mirror or (not scheme and Path(mirror).is_absolute()):
+            return mirror
+        if not scheme or not re.fullmatch(r"[a-z][a-z0-9+.-]*", kind) or not place.strip("/"):
+            raise ValueError("must be like s3://bucket/prefix or an absolute path")
+        if "@" in place.partition("/")[0]:
+            raise ValueError("must hold no credentials, since it is written into config.toml")
+        return mirror
+
+    @model_validator(mode="after")
+    def _mirror_is_elsewhere(self) -> Self:
+        if self.mirror and Path(self.mirror).absolute() == self.dir.absolute():
+            raise ValueError(f"run.mirror = {self.mirror!r} is run.dir itself: name another place")
+        return self
 
     @property
     def folder(self) -> Path:

@@ -18,6 +18,7 @@ from stateset_ray.actors.flight import Collected
 from stateset_ray.actors.jobs import GroupPayload
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.lookahead import Lookahead
+from stateset_ray.actors.mirror import Keeper, mirror_of
 from stateset_ray.actors.placement import cluster, place
 from stateset_ray.actors.publishing.folder import check_shared, root_of
 from stateset_ray.actors.record import step_record
@@ -48,6 +49,7 @@ class Run:
 
     Attributes:
         step: optimizer steps of GRPO done.
+        keeper: saves checkpoints.
         version: of the policy; rises by one with every applied optimizer step, warm start included.
         kl_coef: weight of the KL to the reference, where it is steered to `grpo.kl_target`.
         results: what `summary.json` and checkpoints carry (held-out rewards and so on).
@@ -61,6 +63,7 @@ class Run:
         self.folder = folder
         self.pool = pool
         self.learners = learners
+        self.keeper = Keeper(config, folder, self.emit, mirror_of(config.run))
         self.step = 0
         self.version = 0
         self.kl_coef = config.grpo.kl_coef
@@ -195,7 +198,6 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint of the steps done so far."""
-        started = time.monotonic()
         meta = {
             "run": self.config.run.name,
             "version": self.version,
@@ -205,11 +207,8 @@ class Run:
             "kl_coef": self.kl_coef,
             "ranks": self.config.learner.ranks,
         }
-        root = self.folder / "checkpoints"
-        keep = self.config.train.keep_checkpoints
-        path = checkpoint.save(root, self.step, self.learners.save, meta=meta, keep=keep)
+        path = self.keeper.save(self.step, self.learners.save, meta)
         self._saved = self.step
-        self.emit("checkpoint", path=str(path), seconds=time.monotonic() - started)
         return path
 
     def save_if_new(self) -> Path | None:
@@ -341,6 +340,7 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
             check_shared(learners, pool.receivers, root_of(config), config.cluster.wait_seconds)
         run = Run(config, folder, environment, pool, learners, meter, on_event)
         stack.enter_context(_stopping(run))
+        stack.enter_context(run.keeper)
         if resume:
             run.restore()
         run.publish(run.version)

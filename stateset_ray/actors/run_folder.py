@@ -6,34 +6,51 @@ runs/<name>/
   trajectories.jsonl   sampled conversations, token by token
   checkpoints/         see stateset_ray.checkpoint
   summary.json         written at the end
+
+With `run.mirror`, the same lies in shared storage, from where a machine without the folder goes on.
 """
 
 from __future__ import annotations
 
+import os
+import uuid
 from pathlib import Path
 
+from stateset_ray.actors.mirror import bring, claim, mirror_of
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import ConfigError, RunError
 from stateset_ray.settings import leaves
 
-__all__ = ["open_folder"]
+__all__ = ["begun", "open_folder"]
 
 _MAY_CHANGE = (
-    "run.name", "run.dir", "run.log_trajectories", "train.steps", "train.checkpoint_every",
+    "run.name", "run.dir", "run.mirror", "run.log_trajectories", "train.steps", "train.checkpoint_every",
     "train.keep_checkpoints", "train.evaluate_every", "rollout.workers", "rollout.max_workers",
     "rollout.engines", "rollout.retries", "rollout.heartbeat_timeout", "rollout.sleep",
     "learner.timeout", "learner.ranks", "learner.restarts", "learner.micro_batch_tokens",
     "learner.logit_chunk", "learner.share_prefix", "learner.gradient_checkpointing", "learner.attention",
     "model.threads",
 )  # fmt: skip
+_BEGINNING = "config.toml.tmp-"
 _MAY_CHANGE_SECTIONS = ("cluster.", "evaluate.", "publish.")
+
+
+def begun(config: Config) -> bool:
+    """Whether the run of this name has been begun, here or by another machine that sent it to `run.mirror`.
+
+    Raises:
+        ConfigError: there is no such kind of storage here.
+        CheckpointError: the storage does not answer.
+    """
+    mirror = mirror_of(config.run)
+    return (config.run.folder / "config.toml").is_file() or bool(mirror and mirror.has("config.toml"))
 
 
 def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
     """Make or find the folder of a run and write the resolved configuration into it.
 
     Args:
-        resume: the run exists. A new run whose name is taken gets a number.
+        resume: the run exists, here or in its mirror. A new run whose name is taken gets a number.
 
     Returns:
         The configuration, with the name that the run really has, and the folder.
@@ -41,9 +58,11 @@ def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
     Raises:
         RunError: nothing to resume, or the folder cannot be written.
         ConfigError: this is not the configuration that the run began with.
+        CheckpointError: the mirror does not answer.
     """
     folder = config.run.folder
     if resume:
+        bring(config)
         stored = folder / "config.toml"
         if not stored.is_file():
             raise RunError(
@@ -52,20 +71,39 @@ def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
             )  # fmt: skip
         _check_same(load_config(stored), config)
     else:
-        number = 1
-        while folder.exists() and any(folder.iterdir()):
+        number, name = 1, config.run.name
+        while _taken(config):
             number += 1
-            folder = config.run.dir / f"{config.run.name}-{number}"
-        config = config.with_overrides([f'run.name="{folder.name}"'])
+            config = config.with_overrides([f'run.name="{name}-{number}"'])
+        folder = config.run.folder
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_config(config, folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(
             f"the run folder cannot be written: {error.strerror}", given=str(folder),
             mend="set run.dir to a folder you may write to",
         ) from error  # fmt: skip
+    claim(config.run)
     return config, folder
+
+
+def _taken(config: Config) -> bool:
+    folder = config.run.folder
+    # What a start leaves that was cut short before its configuration was written is not a run.
+    there = folder.exists() and any(not entry.name.startswith(_BEGINNING) for entry in folder.iterdir())
+    return there or begun(config)
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    """All of it or nothing, since a run whose configuration cannot be read can never be resumed."""
+    beside = folder / f"{_BEGINNING}{uuid.uuid4().hex}"
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(config.to_toml())
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(folder / "config.toml")
 
 
 def _check_same(stored: Config, given: Config) -> None:

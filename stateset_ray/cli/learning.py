@@ -28,6 +28,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint, exactly.")
     ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Resume the run if it has been begun, else begin it.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print what would run; start nothing.")
     ] = False,
@@ -36,7 +39,7 @@ def train(
     with errors():
         from stateset_ray.config import corrected
 
-        settings = corrected(training_config(config, set_ or [], resume))
+        settings = corrected(training_config(config, set_ or [], resume or go_on))
         find_modules_beside(config)
         quiet(settings)
         if dry_run:
@@ -51,6 +54,10 @@ def train(
                 from stateset_ray.train_async import train_async as run
             else:
                 from stateset_ray.train import train as run
+            if go_on:
+                from stateset_ray.actors.run_folder import begun
+
+                resume = resume or begun(settings)
 
             run(settings, resume=resume, on_event=progress)
 

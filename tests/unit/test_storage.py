@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import uuid
 from pathlib import Path
 from typing import Any
@@ -16,32 +17,7 @@ from stateset_ray.errors import CheckpointError, ConfigError
 from stateset_ray.manifest import MANIFEST
 from stateset_ray.storage import Storage
 
-
-class Failing(MemoryFileSystem):
-    """Storage whose writes fail from a certain one on, as often as it is told."""
-
-    protocol = "failing"
-    store: dict[str, Any] = {}  # noqa: RUF012  # as in the class above
-    pseudo_dirs = [""]  # noqa: RUF012
-    good = 10**9  # writes that succeed before those that fail
-    bad = 0  # writes that fail
-    sent: list[str] = []  # noqa: RUF012
-
-    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-        cls = type(self)
-        if cls.good == 0 and cls.bad:
-            cls.bad -= 1
-            raise OSError("the network is gone")
-        cls.good -= 1
-        cls.sent.append(rpath)
-        super().put_file(lpath, rpath, **options)
-
-    @classmethod
-    def fail(cls, *, after: int, times: int) -> None:
-        cls.good, cls.bad, cls.sent = after, times, []
-
-
-fsspec.register_implementation("failing", Failing, clobber=True)
+Failing = runpy.run_path(str(Path(__file__).with_name("support_storage.py")))["Failing"]
 
 
 @pytest.fixture(params=["memory", "local"])
@@ -52,7 +28,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def failing() -> Storage:
-    Failing.fail(after=10**9, times=0)
+    Failing.fail()
     return Storage(f"failing://{uuid.uuid4().hex}/run", pauses=(0, 0))
 
 
