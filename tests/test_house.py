@@ -38,7 +38,7 @@ FLOORS: dict[str, float] = {
     # 6: verbs
     "train": 6, "train_async": 6, "evaluate": 6, "serve": 6,
     # 7: faces
-    "sweep": 7, "rllib": 7, "submit": 7, "chat": 7, "report": 7, "doctor": 7, "init": 7,
+    "sweep": 7, "rllib": 7, "submit": 7, "job_client": 7, "chat": 7, "report": 7, "doctor": 7, "init": 7,
     # 8: the command line
     "cli": 8,
 }  # fmt: skip
@@ -58,6 +58,7 @@ SIDEWAYS = {
     ("storage", "manifest"): "the commit mark of an upload is the manifest",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
     ("train_async", "train"): "the same loop; only how a step is taken differs",
+    ("submit", "job_client"): "what is checked and what is asked: two halves of one face",
     ("learner", "policies.weights"): "one codec: the learner writes what the engines read",
 }
 """Imports along one floor, from a file or package to another, each with its reason."""

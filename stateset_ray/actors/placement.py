@@ -31,6 +31,7 @@ from stateset_ray.errors import ClusterError
 __all__ = ["Placement", "bundles", "cluster", "describe", "import_paths", "place"]
 
 _log = logging.getLogger(__name__)
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job, beside RAY_ADDRESS
 
 
 def bundles(config: Config, *, learners: bool = True) -> list[dict[str, float]]:
@@ -65,7 +66,9 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def _address(config: Config) -> str:
-    return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+    """Of the cluster to join; a Ray job joins the one that runs it, wherever its configuration comes from."""
+    given = os.environ.get("RAY_ADDRESS", "")
+    return given if given and _IN_A_JOB in os.environ else config.cluster.address or given
 
 
 def import_paths() -> list[str]:
@@ -91,6 +94,12 @@ def cluster(config: Config, *, at_least_cpus: float = 0) -> Iterator[None]:
         yield
         return
     address = _address(config)
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            "this is the address of a dashboard: it takes jobs, but no run can join a cluster there",
+            given=address,
+            mend="submit the run (stateset-ray submit CONFIG), or give HOST:6379 on a machine of the cluster",
+        )
     try:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level="ERROR")

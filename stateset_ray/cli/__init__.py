@@ -11,10 +11,11 @@ from contextlib import suppress
 from stateset_ray.cli.base import app
 from stateset_ray.cli.learning import evaluate, train
 from stateset_ray.cli.serving import serve
+from stateset_ray.cli.submit import jobs
 from stateset_ray.cli.talking import chat
 from stateset_ray.cli.workshop import doctor, init, version
 
-__all__ = ["app", "chat", "doctor", "evaluate", "init", "main", "serve", "train", "version"]
+__all__ = ["app", "chat", "doctor", "evaluate", "init", "jobs", "main", "serve", "train", "version"]
 
 
 def main() -> None:
