@@ -170,12 +170,10 @@ def test_every_option_shown_exists() -> None:
 
     from stateset_ray.cli import app
 
-    known = {
-        option
-        for command in typer.main.get_command(app).commands.values()
-        for parameter in command.params
-        for option in parameter.opts
-    }
+    commands = [*typer.main.get_command(app).commands.values()]
+    for command in commands:  # and those that are commands of a command
+        commands += getattr(command, "commands", {}).values()
+    known = {option for command in commands for parameter in command.params for option in parameter.opts}
     foreign = {"--no-deps", "--extra-index-url"}  # pip's
     shown = {word for code in _SPOKEN for word in re.findall(r"--[a-z-]+", code)}
     assert shown - foreign <= known
