@@ -156,6 +156,14 @@ class Keeper:
         self._emit("warning", step=step, name="not_mirrored", text=fault, mend=mend, fatal=False)
 
 
+def _served(folder: Path) -> list[str]:
+    """Checkpoints that an endpoint of the run is held at; the first word of each line in its files."""
+    lines: list[str] = []
+    for file in folder.glob(f"{checkpoint.PIN.partition('-')[0]}-*"):
+        lines += file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
+
+
 class _Upload:
     """One checkpoint and the run's files, as they are now, on their way in a thread."""
 
@@ -172,8 +180,7 @@ class _Upload:
         self._beside = [copied / name for name in _BESIDE if (folder / name).is_file()]
         for file in self._beside:
             shutil.copyfile(folder / file.name, file)
-        pin = folder / checkpoint.PIN
-        self._spare = [pin.read_text(encoding="utf-8", errors="replace").strip()] if pin.is_file() else []
+        self._spare = _served(folder)
         # A daemon, so that a storage that never answers does not keep the process.
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()

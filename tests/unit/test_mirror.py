@@ -199,6 +199,14 @@ def test_a_start_that_was_cut_short_leaves_no_run(tmp_path: Path) -> None:
     assert load_config(folder / "config.toml") == config
 
 
+def test_what_an_endpoint_is_held_at_stays_in_the_mirror_too(tmp_path: Path, mirror: str) -> None:
+    config = settings(tmp_path, mirror)
+    trained(config, range(1))
+    (config.run.folder / checkpoint.PIN).write_text("step-00000001\n")
+    trained(config, range(1, 5), resume=True)
+    assert [step for step, _ in Storage(f"{mirror}/demo").whole()] == [5, 4, 1]
+
+
 def test_without_a_mirror_nothing_is_sent(tmp_path: Path) -> None:
     config = load_config(None, [f'run.dir="{tmp_path}"'])
     assert mirror_of(config.run) is None
