@@ -340,10 +340,10 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
             check_shared(learners, pool.receivers, root_of(config), config.cluster.wait_seconds)
         run = Run(config, folder, environment, pool, learners, meter, on_event)
         stack.enter_context(_stopping(run))
-        stack.enter_context(run.keeper)
         if resume:
             run.restore()
         run.publish(run.version)
+        stack.enter_context(run.keeper)
         yield run
 
 
