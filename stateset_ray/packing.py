@@ -163,7 +163,7 @@ def _rules_of(folder: Path) -> Iterator[_Rules]:
 
 def _rules_above(root: Path) -> Iterator[_Rules]:
     """Those of the folders from the repository's root down to the one above this."""
-    parents = []
+    parents: list[Path] = []
     for folder in (root, *root.parents):
         if (folder / ".git").exists():
             for parent in reversed(parents):

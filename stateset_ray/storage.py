@@ -129,15 +129,7 @@ class Storage:
         if not same:
             self._try(f"clear {target}", lambda: self._discard(target))
             for name, size in sizes.items():
-                self.put(folder / name, f"{target}/{name}")
-                arrived = self._try(
-                    f"look at {name}", lambda n=name: self._fs.size(self._at(f"{target}/{n}"))
-                )
-                if arrived != size:
-                    raise CheckpointError(
-                        f"{arrived} of {size} bytes of {name} have arrived", given=f"{self.address}/{target}",
-                        mend="check the storage; the checkpoint on this machine's disk is whole",
-                    )  # fmt: skip
+                self._transfer(folder / name, f"{target}/{name}", size)
             self.put(folder / MANIFEST, f"{target}/{MANIFEST}")
         try:
             self._retain(step, keep, set(spare))
