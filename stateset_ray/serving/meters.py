@@ -7,27 +7,13 @@ name and exports them on every node (`--metrics-export-port`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from stateset_ray.metrics import Metric
 
 __all__ = ["METRICS", "Meters", "Metric"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One line of the table.
-
-    Attributes:
-        name: as it is exported.
-        labels: their names.
-    """
-
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
 
 
 METRICS: Mapping[str, Metric] = {
