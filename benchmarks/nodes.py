@@ -9,11 +9,11 @@ its own, so that what is between them is loopback: no delay, no loss, no partiti
 that this was measured on has no netem, with which network namespaces could have those; it is not imitated.)
 
 `lost`: the head holds no actors; two nodes hold a learner rank and a rollout worker each (gloo, DeepSpeed
-ZeRO 2). In the middle of a step the second one is killed, whole. Once the run has noticed, another one is added.
+ZeRO 2). In the middle of a step the second one is killed, whole. Once the run has noticed, another is added.
 
-`autoscaler`: a head alone, and Ray's autoscaler with a provider that starts nodes on this machine. The run asks
-for one learner rank and one worker, and lets two more join (`rollout.max_workers`). When they have, their node
-is killed; the autoscaler replaces it. After the run's end all nodes but the head go.
+`autoscaler`: a head alone, and Ray's autoscaler with a provider that starts nodes on this machine. The run
+asks for one learner rank and one worker, and lets two more join (`rollout.max_workers`). When they have,
+their node is killed; the autoscaler replaces it. After the run's end all nodes but the head go.
 
 | figure        | what it is                                                                             |
 |---------------|----------------------------------------------------------------------------------------|
@@ -140,7 +140,8 @@ def _lost(options: argparse.Namespace) -> dict[str, Any]:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         config = _config(
             folder, options.steps, "rollout.workers=2", "learner.ranks=2", "learner.zero_stage=2",
-            "cluster.learner_cpus=2", f"cluster.address={cluster.address}", "cluster.strategy=SPREAD", "train.checkpoint_every=1",
+            "cluster.learner_cpus=2", "cluster.strategy=SPREAD", f"cluster.address={cluster.address}",
+            "train.checkpoint_every=1",
         )  # fmt: skip
         # In a thread, because only the main one may add a node.
         training = threading.Thread(target=_told, args=(config, tell, take), daemon=True)

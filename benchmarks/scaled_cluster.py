@@ -1,7 +1,7 @@
-"""A cluster on this machine whose nodes an autoscaler starts and ends: Ray's own, with its provider for tests.
+"""A cluster on this machine whose nodes Ray's autoscaler starts and ends, with Ray's provider for tests.
 
-Each node has a raylet, an object store and processes of its own. `ray.cluster_utils.AutoscalingCluster` does the same
-but ends every Ray on the machine first; here only what carries a mark in its environment is ended.
+Each node has a raylet, an object store and processes of its own. `ray.cluster_utils.AutoscalingCluster` does
+the same, but ends every Ray on the machine first; here only what carries a mark in its environment is ended.
 """
 
 from __future__ import annotations

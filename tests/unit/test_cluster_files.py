@@ -328,3 +328,77 @@ def test_what_the_image_installs_is_an_extra_of_the_package() -> None:
     assert len(extras) == 2
     assert all(set(of_one) <= set(project["optional-dependencies"]) for of_one in extras)
     assert f"ray=={ray.__version__}" in CONSTRAINTS.splitlines()
+
+
+GUIDE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+CARRIED_OUT = {
+    "cluster/on_premise.sh head": "tests/ray/test_on_premise.py, with a port of its own",
+    "cluster/on_premise.sh token node1 node2": "above, with an ssh that stays here",
+    "cluster/on_premise.sh worker head0": "tests/ray/test_on_premise.py",
+    "RAY_ADDRESS=head0:6379 stateset-ray train examples/cluster.toml": "tests/ray/test_on_premise.py, a smaller run",
+    "stateset-ray train examples/cluster.toml --dry-run": "below",
+}
+"""Commands of docs/cluster.md, and where they are carried out."""
+
+
+def commands() -> list[tuple[str, str]]:
+    """(command, the paragraph before its block) of all blocks."""
+    found = []
+    for block in re.finditer(r"^```bash\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL):
+        before = GUIDE[: block.start()].rstrip().rpartition("\n\n")[2]
+        found += [(re.split(r"\s+#", line)[0].strip(), before) for line in block[1].splitlines()]
+    return found
+
+
+def test_every_command_of_the_guide_is_carried_out_or_says_why_not() -> None:
+    shown = commands()
+    unproved = [one for one, before in shown if one not in CARRIED_OUT and "Not run by a test" not in before]
+    assert unproved == []
+    assert CARRIED_OUT.keys() <= {one for one, _ in shown}
+    files = {word for one, _ in shown for word in re.findall(r"(?:cluster|deployment|examples)/[\w.]+", one)}
+    assert files
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_the_example_can_be_checked_without_a_cluster(tmp_path: Path) -> None:
+    import tomllib
+
+    from typer.testing import CliRunner
+
+    from stateset_ray.cli import app
+
+    command = "stateset-ray train examples/cluster.toml --dry-run"
+    assert command in CARRIED_OUT
+    done = CliRunner().invoke(app, [*command.replace("examples", str(ROOT / "examples")).split()[1:]])
+    assert done.exit_code == 0, done.output
+    assert tomllib.loads(done.stdout)["train"]["max_staleness"] == 1
+    assert "{'CPU': 40.0, 'GPU': 8.0}" in done.stdout
+
+
+def test_everything_to_fill_in_stands_in_the_guide() -> None:
+    spoken = set(re.findall(r"`(\w+)`", GUIDE))
+    for path in LAUNCHER:
+        tree = read(path)
+        keys = {key for key, value in flat(tree) if "FILL_IN" in str(value)}
+        assert keys
+        assert keys <= spoken, path.name
+
+
+def flat(tree: Any, at: str = "") -> list[tuple[str, Any]]:
+    """(nearest key above it, leaf) of a tree."""
+    if isinstance(tree, dict):
+        return [pair for key, value in tree.items() for pair in flat(value, key)]
+    if isinstance(tree, list):
+        return [pair for value in tree for pair in flat(value, at)]
+    return [(at, tree)]
+
+
+def test_the_metrics_of_the_guide_are_those_that_there_are() -> None:
+    from stateset_ray.actors.gauges import METRICS
+
+    rows = ["| name | kind | labels besides `run` | what |", "| --- | --- | --- | --- |"]
+    for metric in METRICS.values():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
+    _, _, rest = GUIDE.partition("<!-- metrics:begin -->\n")
+    assert rest.partition("\n<!-- metrics:end -->")[0] == "\n".join(rows)

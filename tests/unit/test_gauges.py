@@ -5,7 +5,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stateset_ray.actors.gauges import METRICS, Gauges, exported
+from stateset_ray.actors.inference_engine import InferenceEngine
+from stateset_ray.actors.learner_group import LearnerRank
+from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -126,3 +131,16 @@ def test_the_names_follow_the_rules() -> None:
         assert re.fullmatch(r"stateset_(train|rollout|checkpoint)_[a-z_]+", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == "counter")
         assert "run" not in metric.labels
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda config: RolloutWorker(config, 3, 4, ()), "demo-2/rollout-3"),
+        (lambda config: InferenceEngine(config, 1), "demo-2/engine-1"),
+        (lambda config: LearnerRank(config, 0), "demo-2/learner-0"),
+    ],
+)
+def test_an_actor_is_called_by_its_run_its_role_and_its_place(make: Any, name: str) -> None:
+    """By its repr, which logs and dashboard show and which two runs of one name on a cluster may share."""
+    assert repr(make(load_config(None, ["run.name=demo-2"]))) == name
