@@ -1,4 +1,4 @@
-"""Several Ray nodes, in clusters of their own: one dies, another joins; the autoscaler brings and takes some."""
+"""Several Ray nodes, in clusters of their own: one dies, another joins; an autoscaler brings and takes."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""`cluster/on_premise.sh`, carried out: two nodes on this machine, a token, a training, and an end of it all."""
+"""`cluster/on_premise.sh`, carried out: two nodes on this machine, a token, a training, and an end of all."""
 
 import os
 import shutil
@@ -85,14 +85,13 @@ def test_two_nodes_a_token_and_a_training(tmp_path: Path) -> None:
         with ExitStack() as stack:
             head_pids = stack.enter_context(node(env | {"RAY_METRICS_PORT": str(metrics[0])}, logs[0], *head))
             assert len(head_pids) > 3
-            # No option says which address the head is at: it is the argument, with the port of the environment.
             worker = ["worker", "127.0.0.1", "--num-cpus=3", *here]
             stack.enter_context(node(env | {"RAY_METRICS_PORT": str(metrics[1])}, logs[1], *worker))
-            inside = env | {"RAY_ADDRESS": address}
+            inside = env | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}
 
             nodes = driver(inside, NODES)
             assert nodes.stdout.split("\n")[-2:] == ["[0, 3.0]", ""], nodes.stderr[-2000:]
-            wrong = driver(inside, NODES, RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_MODE="token")
+            wrong = driver(inside, NODES, RAY_AUTH_TOKEN="0" * 64)
             assert wrong.returncode != 0
             assert "[" not in wrong.stdout
             no_token = driver(inside, NODES, RAY_AUTH_MODE="disabled")

@@ -335,7 +335,7 @@ CARRIED_OUT = {
     "cluster/on_premise.sh head": "tests/ray/test_on_premise.py, with a port of its own",
     "cluster/on_premise.sh token node1 node2": "above, with an ssh that stays here",
     "cluster/on_premise.sh worker head0": "tests/ray/test_on_premise.py",
-    "RAY_ADDRESS=head0:6379 stateset-ray train examples/cluster.toml": "tests/ray/test_on_premise.py, a smaller run",
+    "RAY_ADDRESS=head0:6379 stateset-ray train examples/cluster.toml": "test_on_premise.py, a smaller one",
     "stateset-ray train examples/cluster.toml --dry-run": "below",
 }
 """Commands of docs/cluster.md, and where they are carried out."""
