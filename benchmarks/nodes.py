@@ -97,9 +97,8 @@ def _in_a_process(name: str, options: argparse.Namespace) -> Any:
     if name == "autoscaler":
         env |= ENVIRONMENT | {MARK: str(os.getpid())}
     command = [sys.executable, "-m", "benchmarks.nodes", "--inside", "--scenarios", name]
-    done = subprocess.run(
-        [*command, "--steps", str(options.steps)], stdout=subprocess.PIPE, text=True, env=env, check=True
-    )
+    command += ["--steps", str(options.steps), "--moment", str(options.moment)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -111,14 +110,14 @@ def _lost(options: argparse.Namespace) -> dict[str, Any]:
     heard: list[tuple[float, Mapping[str, Any]]] = []
     death = threading.Event()
 
-    def until(kind: str, **facts: Any) -> float:
+    def until(kind: str) -> float:
         """When this event was told; waits for it."""
         while True:
             moment, event = events.get(timeout=_LIMIT)
             heard.append((moment, event))
             if event["event"] == "failed":
                 raise RuntimeError("the run failed") from event["error"]
-            if event["event"] == kind and all(event.get(key) == value for key, value in facts.items()):
+            if event["event"] == kind:
                 return moment
 
     def tell(event: Mapping[str, Any]) -> None:
