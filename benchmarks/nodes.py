@@ -19,6 +19,7 @@ their node is killed; the autoscaler replaces it. After the run's end all nodes 
 |---------------|----------------------------------------------------------------------------------------|
 | `nodes`       | Ray nodes on which the learner ranks' bundles lay, before and after                     |
 | `noticed`     | seconds from the death of the node until the run said so (`learner_lost`)               |
+| `ray_noticed` | the same until Ray did: before that, no bundle finds another node                       |
 | `rebuilt`     | seconds from the new node until all ranks had the checkpoint (`learner_rebuilt`)        |
 | `recovered`   | seconds from the death of the node to the end of the next step                          |
 | `usual`       | seconds of a step, median                                                               |
@@ -94,6 +95,8 @@ def _in_a_process(name: str, options: argparse.Namespace) -> Any:
     """Ray reads its environment once in a process, and the scenarios want different ones."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     env["RAY_AUTH_MODE"] = "disabled"
+    if options.notice:
+        env["RAY_health_check_period_ms"] = str(round(options.notice * 1000))
     if name == "autoscaler":
         env |= ENVIRONMENT | {MARK: str(os.getpid())}
     command = [sys.executable, "-m", "benchmarks.nodes", "--inside", "--scenarios", name]
@@ -153,6 +156,9 @@ def _lost(options: argparse.Namespace) -> dict[str, Any]:
         noticed = until("learner_lost")
         cluster.add_node(num_cpus=3)
         added = time.monotonic()
+        while any(node["NodeID"] == second.node_id and node["Alive"] for node in ray.nodes()):
+            time.sleep(_LOOK)  # Ray tells nobody when it has noticed
+        ray_noticed = time.monotonic()
         rebuilt = until("learner_rebuilt")
         recovered = until("step")
         until("finished")
@@ -161,6 +167,7 @@ def _lost(options: argparse.Namespace) -> dict[str, Any]:
         result = {
             "nodes": {"before": len(set(places[0])), "after": len(set(places[-1]))},
             "noticed": round(noticed - killed, 2),
+            "ray_noticed": round(ray_noticed - killed, 2),
             "rebuilt": round(rebuilt - added, 2),
             "recovered": round(recovered - killed, 2),
             "usual": _usual(heard),
@@ -320,6 +327,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=6, help="of the scenario `lost`")
     parser.add_argument("--moment", type=float, default=0.2, help="a node dies so many seconds into a step")
+    parser.add_argument(
+        "--notice", type=float, default=0, help="seconds between Ray's looks at a node; 0: Ray's default, 3"
+    )
     parser.add_argument("--output", type=Path, help="write the JSON here as well")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from stateset_ray.actors.placement import Placement
 from stateset_ray.actors.publishing.base import PublishedWeights
 from stateset_ray.actors.publishing.folder import root_of, write_probe
 from stateset_ray.actors.publishing.transports import results, sender
-from stateset_ray.actors.remote import get
+from stateset_ray.actors.remote import died_with_its_node, get
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, LearnerError, LearnerLost, StatesetError
 from stateset_ray.learner.batch import Item, MiniBatch, plan
@@ -203,13 +204,20 @@ class LearnerGroup:
             StatesetError: a rank could not be set up; the cause is passed on.
             WaitTimeout: not ready within `cluster.wait_seconds`.
         """
-        try:
-            self._meet()
-        except LearnerError as error:
-            # The port was free when it was chosen, and may have been taken before it was used.
-            _log.warning("the learner ranks are created once more: %s", error.problem)
-            self.end()
-            self._meet()
+        deadline, spare = time.monotonic() + self._config.cluster.wait_seconds, True
+        while True:
+            try:
+                return self._meet()
+            except (LearnerError, ClusterError) as error:
+                # Ray may not have noticed yet that the node of a bundle is dead, and have put the rank there.
+                gone = died_with_its_node(error) and time.monotonic() < deadline
+                # The port was free when it was chosen, and may have been taken before it was used.
+                taken = spare and isinstance(error, LearnerError)
+                if not gone and not taken:
+                    raise
+                spare = gone
+                _log.warning("the learner ranks are created once more: %s", error.problem)
+                self.end()
 
     def _meet(self) -> None:
         limit = self._config.cluster.wait_seconds

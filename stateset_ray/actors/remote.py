@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from stateset_ray.errors import ClusterError, StatesetError, WaitTimeout
 
-__all__ = ["await_ready", "cause_of", "get"]
+__all__ = ["await_ready", "cause_of", "died_with_its_node", "get"]
 
 _TRACE_LINES = 12  # of a remote traceback that a person may need
 
@@ -63,6 +63,12 @@ def await_ready(actors: Sequence[Any], what: str, seconds: float) -> None:
             f"{len(waiting)} of {len(refs)} {what} were not ready after {seconds:.0f} s",
             mend="raise cluster.wait_seconds if the model is large; else look at their logs",
         )
+
+
+def died_with_its_node(error: Exception) -> bool:
+    """Whether `get` raised this because the node of the actor that was asked is dead."""
+    cause = error.__cause__
+    return isinstance(cause, RayActorError) and "node has died" in str(cause)
 
 
 def cause_of(error: RayTaskError) -> Exception:
