@@ -47,12 +47,16 @@ from stateset_ray.manifest import (
 )
 
 __all__ = [
-    "PIN", "Checkpoint", "abort", "begin", "commit", "latest", "open_checkpoint", "peek", "pointed", "save",
-    "verify",
+    "BEFORE", "CANARY", "PIN", "Checkpoint", "abort", "begin", "commit", "latest", "open_checkpoint", "peek",
+    "pointed", "save", "verify",
 ]  # fmt: skip
 
 PIN = "serve-pin"
 """A file beside `checkpoints/`: names the checkpoint that an endpoint is held at; no training removes it."""
+CANARY = "serve-canary"
+"""A file beside it: the checkpoint that answers a share of the conversations; kept in the same way."""
+BEFORE = "serve-before"
+"""A file beside it: the checkpoints that an endpoint can be taken back to; kept in the same way."""
 _POINTER = "latest"
 _STALE = re.compile(r".+\.tmp-[0-9a-f]{32}")
 _logger = logging.getLogger(__name__)
@@ -305,10 +309,9 @@ def _point(root: Path, name: str) -> None:
 def _retain(root: Path, step: int, keep: int) -> None:
     """Delete all but the `keep` newest at or below `step`; the one just committed is the first of these."""
     whole = [f for f in _steps(root) if f[0] <= step and not f[1].suffix and (f[1] / MANIFEST).is_file()]
-    pin = root.parent / PIN
-    pinned = pin.read_text(encoding="utf-8", errors="replace").strip() if pin.is_file() else ""
+    served = _served(root.parent)
     for _, folder in sorted(whole, reverse=True)[keep:]:
-        if folder.name == pinned:  # an endpoint answers with it
+        if folder.name in served:  # an endpoint answers with it, or may have to again
             continue
         try:
             doomed = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
@@ -317,6 +320,16 @@ def _retain(root: Path, step: int, keep: int) -> None:
             _remove(doomed)
         except OSError as error:  # the new checkpoint is whole; the next save will hear of a full disk
             _logger.warning("the old checkpoint %s cannot be removed: %s", folder, error)
+
+
+def _served(run: Path) -> set[str]:
+    """Checkpoints that the files of an endpoint name: the first word of each line."""
+    names: set[str] = set()
+    for name in (PIN, CANARY, BEFORE):
+        with suppress(OSError):
+            lines = (run / name).read_text(encoding="utf-8", errors="replace").splitlines()
+            names |= {line.split()[0] for line in lines if line.strip()}
+    return names
 
 
 def _remove(path: Path) -> None:

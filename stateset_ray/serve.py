@@ -20,9 +20,10 @@ from typing import Any
 from stateset_ray.actors.placement import cluster
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, ConfigError
+from stateset_ray.serving import release
 from stateset_ray.serving.security import ENVIRONMENT, KeyRing, add_key, entries, is_loopback
 from stateset_ray.serving.settings import ServeSettings
-from stateset_ray.serving.source import Source, pin
+from stateset_ray.serving.source import Source
 from stateset_ray.settings import apply_override, validated
 
 __all__ = ["Errand", "prepared", "serve", "serve_command", "write_deploy_file"]
@@ -32,7 +33,7 @@ _INGRESS_CPUS = 0.1
 
 @dataclass(frozen=True)
 class Errand:
-    """What was asked for; the first of `new_key`, `check`, `pin` and `write` is done alone."""
+    """What was asked for; one of `new_key`, `check`, the four of a release and `write` is done alone."""
 
     source: str | None
     port: int
@@ -44,6 +45,10 @@ class Errand:
     write: Path | None
     check: Path | None
     overrides: tuple[str, ...]
+    canary: str | None = None
+    share: float = 0.1
+    promote: bool = False
+    rollback: bool = False
 
 
 def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
@@ -69,12 +74,11 @@ def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
         raise ConfigError(
             "there is nothing to serve", mend="give a run's folder, a checkpoint or a model's name"
         )
-    if errand.pin is not None:
-        run = Source(errand.source).run
-        if run is None:
-            raise ConfigError("only a run can be held at a checkpoint", given=errand.source)
-        pin(run, None if errand.pin == "latest" else errand.pin)
-        say(f"{errand.source} is served from {errand.pin} on, by everyone who follows it")
+    releases = [errand.pin is not None, errand.canary is not None, errand.promote, errand.rollback]
+    if any(releases):
+        if sum(releases) > 1:
+            raise ConfigError("choose one of --pin, --canary, --promote and --rollback")
+        say(_release(errand.source, errand))
         return
     settings = prepared(errand.source, errand.overrides, errand.host, errand.keys)
     if errand.write is not None:
@@ -85,6 +89,22 @@ def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
         settings, host=errand.host, port=errand.port,
         on_ready=lambda url: say(f"{settings.name} answers at {url} (Ctrl-C stops)"),
     )  # fmt: skip
+
+
+def _release(source: str, errand: Errand) -> str:
+    """Change which checkpoints of a run answer; what was done, in a sentence."""
+    run = Source(source).run
+    if run is None:
+        raise ConfigError("only a run has checkpoints to choose from", given=source)
+    if errand.pin is not None:
+        release.pin(run, None if errand.pin == "latest" else errand.pin)
+        return f"{source} is served from {errand.pin} on, by everyone who follows it"
+    if errand.canary is not None:
+        stable = release.start_canary(run, errand.canary, errand.share)
+        return f"{errand.canary} answers {errand.share:.1%} of all conversations, {stable} the others"
+    if errand.promote:
+        return f"{release.promote(run)} answers all of {source}"
+    return f"{release.rollback(run)} answers all of {source} again"
 
 
 def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None) -> ServeSettings:

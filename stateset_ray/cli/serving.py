@@ -25,6 +25,14 @@ def serve(
     pin: Annotated[
         str | None, typer.Option(metavar="STEP", help="Hold RUN at a checkpoint; 'latest' lets it go on.")
     ] = None,
+    canary: Annotated[
+        str | None, typer.Option(metavar="STEP", help="Let a checkpoint answer a share of the conversations.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="With --canary: the share, between 0 and 1.")] = 0.1,
+    promote: Annotated[bool, typer.Option("--promote", help="Let the canary answer everybody.")] = False,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="End the canary, or go back to the version before.")
+    ] = False,
     write: Annotated[Path | None, typer.Option(help="Write a file for 'serve deploy'.")] = None,
     check: Annotated[Path | None, typer.Option(help="Check such a file, strictly.")] = None,
     set_: Set = None,
@@ -33,5 +41,8 @@ def serve(
     with errors():
         from stateset_ray.serve import Errand, serve_command
 
-        errand = Errand(source, port, host, keys, new_key, admin, pin, write, check, tuple(set_ or ()))
+        errand = Errand(
+            source, port, host, keys, new_key, admin, pin, write, check, tuple(set_ or ()),
+            canary=canary, share=share, promote=promote, rollback=rollback,
+        )  # fmt: skip
         serve_command(errand, typer.echo)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from stateset_ray.serving.ingress import ingress_deployment
-from stateset_ray.serving.replica import policy_deployment
+from stateset_ray.serving.policy_deployment import policy_deployment
 from stateset_ray.serving.settings import ServeSettings
 
 __all__ = ["build"]

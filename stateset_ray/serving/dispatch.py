@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from stateset_ray.serving.events import Ask, Began, Event, Refused
@@ -94,6 +95,7 @@ async def answered(
             if attempt == settings.retries:
                 break
             meters.add("retries")
+            ask = replace(ask, canary=False)  # it may have been the reason
             wait = min(_LONGEST_BACK_OFF, _BACK_OFF * 2**attempt) * random.uniform(0.5, 1.5)
             await asyncio.sleep(max(0.0, min(wait, end - time.monotonic())))
     raise ApiError(503, "replica_lost", "replicas were lost again and again", retry_after=5.0)

@@ -27,6 +27,7 @@ class Ask:
         choices: how many replies.
         logprobs: whether tokens are wanted with their log-probabilities.
         stream: whether pieces are wanted as soon as they are there.
+        canary: whether a canary may answer; not where a replica was lost over this request already.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Ask:
     choices: int = 1
     logprobs: bool = False
     stream: bool = False
+    canary: bool = True
 
 
 @dataclass(frozen=True, slots=True)

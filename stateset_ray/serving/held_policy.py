@@ -65,6 +65,7 @@ class HeldPolicy:
     tokens: int = 0
     sampled: int = 0
     _answers: int = 0
+    _counted: int = 0
     _retired: bool = False
     _sessions: set[str] = field(default_factory=set)
 
@@ -72,6 +73,11 @@ class HeldPolicy:
     def running(self) -> int:
         """Answers under way."""
         return self._answers
+
+    def uncounted(self) -> int:
+        """Tokens sampled since this was last asked, for metrics."""
+        new, self._counted = self.sampled - self._counted, self.sampled
+        return new
 
     async def probe(self, text: str) -> None:
         """Let it answer once, greedily, before it may answer anyone.

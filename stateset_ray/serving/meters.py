@@ -49,6 +49,26 @@ METRICS: Mapping[str, Metric] = {
     "swaps": Metric(
         "stateset_policy_swaps_total", "counter", "Checkpoints taken over or refused.", ("outcome",)
     ),
+    "version_requests": Metric(
+        "stateset_policy_requests_total",
+        "counter",
+        "Answers by the version's role and how they ended.",
+        ("role", "outcome"),
+    ),
+    "version_ttft": Metric(
+        "stateset_policy_ttft_seconds",
+        "histogram",
+        "From asked to the first token, in the replica.",
+        ("role",),
+    ),
+    "version_seconds": Metric(
+        "stateset_policy_answer_seconds", "histogram", "From asked to ended, in the replica.", ("role",)
+    ),
+    "version_tokens": Metric("stateset_policy_tokens_total", "counter", "Tokens sampled.", ("role",)),
+    "canary_step": Metric("stateset_policy_canary_step", "gauge", "Step of the canary; -1: there is none."),
+    "canary_share": Metric(
+        "stateset_policy_canary_share", "gauge", "Share of the conversations that fall to the canary."
+    ),
     "swap_seconds": Metric(
         "stateset_policy_swap_seconds", "histogram", "From a checkpoint found to answering."
     ),

@@ -2,7 +2,8 @@
 
 New weights are taken over without a pause: they are loaded beside those that answer, verified byte by byte,
 made to answer once, and then one reference is swapped. Whatever is wrong with them changes nothing but a
-metric.
+metric. A canary is a second version that is loaded in the same way and kept beside the first; it answers the
+conversations that fall to it (`release.falls_to`) until it is promoted, taken back, or has failed too often.
 
 Who waits for whom: a request for a slot of the engine; the watcher for the run's folder. Loading runs in a
 thread, so that answers go on meanwhile.
@@ -16,10 +17,10 @@ import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray import serve
 
 from stateset_ray.errors import CheckpointError, InfrastructureFault, StatesetError
 from stateset_ray.models import Hardware, choose_hardware
@@ -28,17 +29,33 @@ from stateset_ray.serving.events import Ask, Event
 from stateset_ray.serving.held_policy import HeldPolicy, load_policy
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.redaction import RedactingFilter
+from stateset_ray.serving.release import falls_to
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.source import Candidate, Source
+from stateset_ray.serving.tally import Tallies
 from stateset_ray.serving.verification import checked
 
-__all__ = ["PolicyReplica", "policy_deployment"]
+__all__ = ["PolicyReplica"]
 
 _log = logging.getLogger("ray.serve")  # what Serve writes as JSON, with the replica and the request
 
 
+@dataclass
+class _Canary:
+    """A version that is tried, and how often it has failed here."""
+
+    held: HeldPolicy
+    share: float
+    failures: int = 0
+
+    def takes(self, ask: Ask) -> bool:
+        """Whether this conversation falls to it; what names none is drawn for each request."""
+        name = f"step-{self.held.candidate.step:08d}"
+        return ask.canary and falls_to(name, self.share, ask.session or ask.id)
+
+
 class PolicyReplica:
-    """Answers with the policy; wrapped as a deployment by `policy_deployment`.
+    """Answers with the policy; wrapped as a deployment in `policy_deployment`.
 
     Args:
         settings: of the endpoint.
@@ -50,8 +67,11 @@ class PolicyReplica:
         self._meters = meters or Meters.of_ray()
         self._source = Source(settings.source)
         self._held: HeldPolicy | None = None
+        self._canary: _Canary | None = None
+        self._tallies = Tallies(self._meters)
         self._refused: set[tuple[str, int]] = set()
-        self._problem = ""
+        self._refused_canaries: set[tuple[str, int]] = set()  # until there is none any more
+        self._problem = self._canary_problem = ""
         self._watch: asyncio.Task[None] | None = None
         if settings.redact:
             _log.addFilter(RedactingFilter())
@@ -74,41 +94,65 @@ class PolicyReplica:
         if self._held is None:
             raise failure or CheckpointError("there is no checkpoint", given=self._settings.source)
         self._meters.set("policy_step", self._held.candidate.step)
+        self._show_canary()
+        await self._follow_canary()
         if self._source.run is not None and self._settings.swap.poll_seconds:
             self._watch = asyncio.create_task(self._follow(), name="checkpoints")
 
     async def answer(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
-        """The events of one answer, all of them by the version that holds now."""
-        held = self._policy()
-        sampled = held.sampled
-        self._meters.set("generations", held.running + 1)
+        """The events of one answer, all of them by the version that holds now.
+
+        A canary that fails before its first token has not been noticed by anybody: the other version answers.
+        """
+        canary = self._canary
+        self._meters.set("generations", self._running() + 1)
         try:
-            async with aclosing(held.answer(ask)) as answer:
+            if canary is not None and canary.takes(ask):
+                began = False
+                try:
+                    async with aclosing(self._tallies.counted(canary.held, "canary", ask)) as answer:
+                        async for events in answer:
+                            began = True
+                            self._meters.set("tokens_before", self._tokens())
+                            yield events
+                    return
+                except InfrastructureFault as error:
+                    await self._failed(canary, error)
+                    if began:
+                        raise
+            async with aclosing(self._tallies.counted(self._policy(), "stable", ask)) as answer:
                 async for events in answer:
-                    self._meters.set("tokens_before", held.tokens)
+                    self._meters.set("tokens_before", self._tokens())
                     yield events
         finally:
-            self._meters.add("sampled_tokens", held.sampled - sampled)
-            self._meters.set("generations", held.running)
-            self._meters.set("tokens_before", held.tokens)
+            self._meters.set("generations", self._running())
+            self._meters.set("tokens_before", self._tokens())
 
     async def status(self) -> dict[str, Any]:
         """What this replica holds and does."""
-        held = self._policy()
+        held, canary = self._policy(), self._canary
         return {
             "pid": os.getpid(),
             "version": held.candidate.label,
             "step": held.candidate.step,
-            "running": held.running,
-            "sampled": held.sampled,
-            "tokens": held.tokens,
+            "running": self._running(),
+            "sampled": held.sampled + (canary.held.sampled if canary else 0),
+            "tokens": self._tokens(),
             "max_context": held.max_context,
             "problem": self._problem,
-        }
+            "canary": {
+                "version": canary.held.candidate.label,
+                "step": canary.held.candidate.step,
+                "share": canary.share,
+                "failures": canary.failures,
+            } if canary else None,
+            "canary_problem": self._canary_problem,
+            "versions": self._tallies.body(),
+        }  # fmt: skip
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Tokens before this replica; Serve asks for it."""
-        return {METRIC: float(self._held.tokens if self._held else 0)}
+        return {METRIC: float(self._tokens())}
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -121,42 +165,100 @@ class PolicyReplica:
         Never raises for what is wrong with the candidate: the version that answers stays.
         """
         started = time.monotonic()
-        before = self._policy()
-        try:
-            held = await self._load(candidate)
-        except Exception as error:
-            # Readers of files, templates and models raise what their authors chose; none of it may take
-            # away a replica that answers.
-            self._refuse(candidate, error)
-            return False
+        before, canary = self._policy(), self._canary
+        if canary is not None and _same(candidate, canary.held.candidate):
+            held, self._canary = canary.held, None  # promoted: it is loaded and has proved itself
+        else:
+            try:
+                held = await self._load(candidate)
+            except Exception as error:
+                # Readers of files, templates and models raise what their authors chose; none of it may take
+                # away a replica that answers.
+                self._refuse(candidate, error)
+                return False
         self._held, self._problem = held, ""
         seconds = time.monotonic() - started
         self._meters.add("swaps", 1, outcome="done")
         self._meters.observe("swap_seconds", seconds)
         self._meters.set("policy_step", candidate.step)
+        self._show_canary()
         _log.info("version %s answers, taken over in %.1f s", candidate.label, seconds)
         await before.retire()
         return True
 
-    def _refuse(self, candidate: Candidate, error: Exception) -> None:
-        self._refused.add((candidate.label, candidate.stamp))
-        self._problem = f"{candidate.label}: {_sentence(error)}"
+    def _refuse(self, candidate: Candidate, error: Exception, *, canary: bool = False) -> None:
+        key, problem = (candidate.label, candidate.stamp), f"{candidate.label}: {_sentence(error)}"
+        if canary:
+            self._refused_canaries.add(key)
+            self._canary_problem = problem
+        else:
+            self._refused.add(key)
+            self._problem = problem
         self._meters.add("swaps", 1, outcome="refused")
-        _log.error("a checkpoint was refused: %s", self._problem)
+        _log.error("a checkpoint was refused: %s", problem)
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._settings.swap.poll_seconds)
+            await self._follow_stable()
+            await self._follow_canary()
+
+    async def _follow_stable(self) -> None:
+        try:
+            wanted = await asyncio.to_thread(self._source.wanted)
+        except StatesetError as error:
+            self._problem = error.problem
+            return
+        if wanted is None or _same(wanted, self._policy().candidate):
+            return
+        if (wanted.label, wanted.stamp) not in self._refused:
+            await self.swap(wanted)
+
+    async def _follow_canary(self) -> None:
+        """Load, keep or end the canary, as the run's folder says; what is wrong with it changes nothing."""
+        try:
+            wanted = await asyncio.to_thread(self._source.canary)
+        except StatesetError as error:
+            self._canary_problem = error.problem
+            return
+        canary = self._canary
+        if wanted is None:
+            self._canary_problem = ""
+            self._refused_canaries.clear()
+            if canary is not None:
+                await self._end_canary(canary)
+            return
+        candidate, share = wanted
+        if canary is not None and _same(candidate, canary.held.candidate):
+            canary.share = share
+        elif (candidate.label, candidate.stamp) not in self._refused_canaries:
+            if canary is not None:
+                await self._end_canary(canary)
             try:
-                wanted = await asyncio.to_thread(self._source.wanted)
-            except StatesetError as error:
-                self._problem = error.problem
-                continue
-            current = self._policy().candidate
-            if wanted is None or (wanted.label, wanted.stamp) == (current.label, current.stamp):
-                continue
-            if (wanted.label, wanted.stamp) not in self._refused:
-                await self.swap(wanted)
+                self._canary = _Canary(await self._load(candidate), share)
+            except Exception as error:  # as in `swap`
+                self._refuse(candidate, error, canary=True)
+                return
+            self._canary_problem = ""
+            _log.info("version %s answers a share of %g", candidate.label, share)
+        self._show_canary()
+
+    async def _failed(self, canary: _Canary, error: InfrastructureFault) -> None:
+        canary.failures += 1
+        _log.error("the canary %s failed: %s", canary.held.candidate.label, error.problem)
+        if canary.failures >= self._settings.swap.canary_failures and self._canary is canary:
+            self._refuse(canary.held.candidate, error, canary=True)
+            await self._end_canary(canary)
+
+    async def _end_canary(self, canary: _Canary) -> None:
+        self._canary = None
+        self._show_canary()
+        await canary.held.retire()
+
+    def _show_canary(self) -> None:
+        canary = self._canary
+        self._meters.set("canary_step", canary.held.candidate.step if canary else -1)
+        self._meters.set("canary_share", canary.share if canary else 0.0)
 
     async def _load(self, candidate: Candidate) -> HeldPolicy:
         def load() -> HeldPolicy:
@@ -181,55 +283,24 @@ class PolicyReplica:
         hardware.apply()
         return hardware
 
+    def _running(self) -> int:
+        return sum(held.running for held in self._all())
+
+    def _tokens(self) -> int:
+        return sum(held.tokens for held in self._all())
+
+    def _all(self) -> list[HeldPolicy]:
+        return [held for held in (self._held, self._canary and self._canary.held) if held]
+
     def _policy(self) -> HeldPolicy:
         if self._held is None:
             raise InfrastructureFault("this replica has not loaded its policy yet")
         return self._held
 
 
+def _same(one: Candidate, other: Candidate) -> bool:
+    return (one.label, one.stamp) == (other.label, other.stamp)
+
+
 def _sentence(error: Exception) -> str:
     return error.problem if isinstance(error, StatesetError) else f"{type(error).__name__}: {error}"
-
-
-class _Policy(PolicyReplica):
-    """What Serve builds; its constructor ends when the policy can answer."""
-
-    async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]  # Serve awaits it
-        super().__init__(settings)
-        await self.start()
-
-
-def policy_deployment(settings: ServeSettings) -> Any:
-    """The deployment of the policy, with all that the settings say of it."""
-    policy, scaling = settings.policy, settings.autoscaling
-    options: dict[str, Any] = {"num_replicas": policy.replicas}
-    if scaling.max_replicas:
-        options = {
-            "autoscaling_config": {
-                "min_replicas": scaling.min_replicas,
-                "initial_replicas": min(max(policy.replicas, scaling.min_replicas), scaling.max_replicas),
-                "max_replicas": scaling.max_replicas,
-                "upscale_delay_s": scaling.upscale_delay,
-                "downscale_delay_s": scaling.downscale_delay,
-                "metrics_interval_s": scaling.interval,
-                "look_back_period_s": max(2 * scaling.interval, 4.0),
-                "policy": {
-                    "policy_function": "stateset_ray.serving.autoscaling:TokensPerReplica",
-                    "policy_kwargs": {"target": scaling.target_tokens},
-                },
-            }
-        }
-    return serve.deployment(
-        _Policy,
-        name="Policy",
-        ray_actor_options={"num_cpus": policy.cpus, "num_gpus": policy.gpus},
-        max_ongoing_requests=policy.ongoing,
-        max_queued_requests=policy.queued,
-        graceful_shutdown_timeout_s=settings.deadlines.drain,
-        request_router_config={
-            "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
-            # Where a conversation's own replica is full or dead, the next on the ring answers it.
-            "request_router_kwargs": {"num_fallback_replicas": max(2, settings.most_replicas)},
-        },
-        **options,
-    )

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from stateset_ray import __version__
 from stateset_ray.errors import StatesetError
+from stateset_ray.serving.admin import add_release
 from stateset_ray.serving.answers import DONE, Answer, framed
 from stateset_ray.serving.dispatch import Policies, answered
 from stateset_ray.serving.events import Ask, Event
@@ -78,6 +79,7 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
 
     _add_health(app, policies)
     _add_admin(app, settings, policies)
+    add_release(app, settings)
     return app
 
 

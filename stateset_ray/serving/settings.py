@@ -117,6 +117,8 @@ class SwapSettings(_Section):
     """How often the run's folder is looked at; 0: the first checkpoint stays."""
     probe: str = Field(default="Hello", min_length=1)
     """What a new checkpoint must answer with finite probabilities before it may answer anyone."""
+    canary_failures: int = Field(default=3, ge=1)
+    """Answers in which a canary may fail in a replica before it answers nobody there."""
 
 
 class AutoscalingSettings(_Section):

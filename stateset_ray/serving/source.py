@@ -1,28 +1,26 @@
 """Where a policy comes from: a run whose checkpoints are followed, one checkpoint, or a model's name.
 
-A run can be pinned to one of its checkpoints (`serve-pin` in its folder): that is the rollback, which
-outlives replicas because it lies beside what they load. No model is loaded here; every byte of a checkpoint
-is compared with its manifest before anybody reads a weight.
+What a run is held at, and its canary, are said by `release`. No model is loaded here; every byte of a
+checkpoint is compared with its manifest before anybody reads a weight.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stateset_ray.checkpoint import PIN, open_checkpoint, pointed
+from stateset_ray.checkpoint import open_checkpoint
 from stateset_ray.config import Config, load_config
-from stateset_ray.errors import CheckpointError, ConfigError
+from stateset_ray.errors import CheckpointError
 from stateset_ray.manifest import MANIFEST, verify
+from stateset_ray.serving.release import STEP, answering, pin, pinned, tried
 
 __all__ = ["Candidate", "Source", "pin", "pinned"]
 
-_STEP = re.compile(r"step-\d{8,}")  # not what was moved aside
 _SHORT = 32  # characters of a label's name
 
 
@@ -97,7 +95,7 @@ class Source:
             return
         yield wanted
         root = self.run / "checkpoints"
-        steps = {int(p.name[5:]): p for p in root.iterdir() if _STEP.fullmatch(p.name)}
+        steps = {int(p.name[5:]): p for p in root.iterdir() if STEP.fullmatch(p.name)}
         steps.pop(wanted.step, None)
         # Steps above the newest are left where a run was taken back to an earlier one.
         for step in sorted(steps, key=lambda step: (step > wanted.step, -step)):
@@ -108,12 +106,30 @@ class Source:
         """What should answer now, unverified; None where nothing is said."""
         if self.run is None:
             return None
-        root = self.run / "checkpoints"
         try:
-            name = pinned(self.run) or pointed(root)
-            return _candidate(root / name) if _STEP.fullmatch(name) else None
+            return self._named(answering(self.run))
         except OSError:
             return None  # it is being replaced, or was removed since
+
+    def canary(self) -> tuple[Candidate, float] | None:
+        """What should answer a share of the conversations instead, unverified, and the share.
+
+        Raises:
+            CheckpointError: what says so is damaged, or the checkpoint is gone.
+        """
+        found = tried(self.run) if self.run is not None else None
+        if self.run is None or found is None or found[0] == answering(self.run):
+            return None
+        try:
+            candidate = self._named(found[0])
+        except OSError as error:
+            raise CheckpointError("the canary's checkpoint is gone", given=found[0]) from error
+        return (candidate, found[1]) if candidate else None
+
+    def _named(self, name: str) -> Candidate | None:
+        if self.run is None or not STEP.fullmatch(name):
+            return None
+        return _candidate(self.run / "checkpoints" / name)
 
     def config(self) -> Config:
         """The configuration that it was trained with; the defaults for a model that is no run's."""
@@ -123,49 +139,10 @@ class Source:
         return Config()
 
 
-def pin(run: Path, name: str | None) -> None:
-    """Hold a run at one of its checkpoints, or (None) let it go on to the newest.
-
-    Raises:
-        ConfigError: this is no checkpoint's name.
-        CheckpointError: the checkpoint is not there, or not whole.
-    """
-    if name is None:
-        (run / PIN).unlink(missing_ok=True)
-        return
-    if not _STEP.fullmatch(name):
-        raise ConfigError(
-            "this is not the name of a checkpoint", given=name, mend="for example step-00000012"
-        )
-    verify(run / "checkpoints" / name)
-    beside = run / f"{PIN}.tmp-{uuid.uuid4().hex}"
-    beside.write_text(name + "\n", encoding="utf-8")
-    beside.replace(run / PIN)
-
-
-def pinned(run: Path) -> str | None:
-    """The checkpoint that a run is held at.
-
-    Raises:
-        CheckpointError: the pin is damaged; it is not overruled.
-    """
-    try:
-        name = (run / PIN).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError("the pin of this run cannot be read", given=str(run / PIN)) from error
-    if not _STEP.fullmatch(name):
-        raise CheckpointError(
-            "the pin of this run names no checkpoint", given=str(run / PIN), mend="remove it"
-        )
-    return name
-
-
 def _candidate(folder: Path, *, whole: bool = False) -> Candidate:
     manifest = folder / MANIFEST
     digest = hashlib.sha256(manifest.read_bytes()).hexdigest()[:8]
-    step = int(folder.name.removeprefix("step-").partition(".")[0]) if _STEP.match(folder.name) else 0
+    step = int(folder.name.removeprefix("step-").partition(".")[0]) if STEP.match(folder.name) else 0
     label = f"{_plain(folder.name)}-{digest}"
     return Candidate(str(folder), label, step, manifest.stat().st_mtime_ns, whole)
 

@@ -597,3 +597,13 @@ def test_the_checkpoint_that_an_endpoint_is_held_at_is_not_removed(tmp_path: Pat
     for step in (2, 3):
         save(root, step, "later", keep=1)
     assert committed(root) == ["step-00000001", "step-00000003"]
+
+
+def test_nor_are_a_canary_and_what_there_is_to_go_back_to(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        save(root, step, "served", keep=9)
+    (tmp_path / checkpoint.CANARY).write_text("step-00000003 0.1\n")
+    (tmp_path / checkpoint.BEFORE).write_text("step-00000001\n\nstep-00000002\n")
+    save(root, 5, "later", keep=1)
+    assert committed(root) == [f"step-0000000{step}" for step in (1, 2, 3, 5)]
