@@ -21,7 +21,14 @@ from stateset_ray.actors.placement import cluster
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, ConfigError
 from stateset_ray.serving import release
-from stateset_ray.serving.security import ENVIRONMENT, KeyRing, add_key, entries, is_loopback
+from stateset_ray.serving.security import (
+    ENVIRONMENT,
+    KeyRing,
+    add_key,
+    check_tls,
+    entries,
+    is_loopback,
+)
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.source import Source
 from stateset_ray.settings import apply_override, validated
@@ -146,6 +153,7 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
         security["open"] = True
     settings = validated(ServeSettings, tree, "--set")
     KeyRing(settings.security)
+    check_tls(settings.security)
     from stateset_ray.serving.verification import checked  # brings torch, which the lines above do not need
 
     found = Source(settings.source)
@@ -211,11 +219,11 @@ def _run(
     from ray import serve as ray_serve
 
     from stateset_ray.serving.app import build
-    from stateset_ray.serving.deploy_file import APPLICATION
+    from stateset_ray.serving.deploy_file import APPLICATION, http_options
 
     try:
         ray_serve.start(
-            http_options={"host": host, "port": port},
+            http_options=http_options(settings, host, port),
             proxy_location="HeadOnly" if alone else "EveryNode",
             logging_config={"encoding": "JSON"},
         )
@@ -230,7 +238,7 @@ def _run(
             mend="its replicas' logs are in Ray's folder, logs/serve",
         ) from error
     try:
-        on_ready(f"http://{host}:{port}/v1")
+        on_ready(f"{'https' if settings.security.tls_cert else 'http'}://{host}:{port}/v1")
         while not ended.wait(1.0):
             pass
         _drain(ingress, settings.deadlines.drain)

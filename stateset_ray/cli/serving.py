@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,10 @@ def serve(
     ] = None,
     port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
     host: Annotated[str, typer.Option(help="Which address; others than loopback need keys.")] = "127.0.0.1",
+    tls: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="CERT KEY", help="Speak HTTPS, with these two files.")
+    ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="A page to chat in a browser, at /.")] = True,
     keys: Annotated[Path | None, typer.Option(help="A file of API keys.")] = None,
     new_key: Annotated[str | None, typer.Option(metavar="NAME", help="Add a key to --keys, show it.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="With --new-key: it may change weights.")] = False,
@@ -41,8 +46,11 @@ def serve(
     with errors():
         from stateset_ray.serve import Errand, serve_command
 
+        overrides = [*(set_ or ()), *([] if page else ["page=false"])]
+        for name, path in zip(("cert", "key"), tls or (), strict=False):
+            overrides.append(f"security.tls_{name}={json.dumps(str(path.absolute()))}")
         errand = Errand(
-            source, port, host, keys, new_key, admin, pin, write, check, tuple(set_ or ()),
+            source, port, host, keys, new_key, admin, pin, write, check, tuple(overrides),
             canary=canary, share=share, promote=promote, rollback=rollback,
         )  # fmt: skip
         serve_command(errand, typer.echo)

@@ -20,7 +20,7 @@ from stateset_ray.serving.security import is_loopback
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.settings import validated
 
-__all__ = ["APPLICATION", "IMPORT_PATH", "check_deploy_file", "deploy_file", "unknown_keys"]
+__all__ = ["APPLICATION", "IMPORT_PATH", "check_deploy_file", "deploy_file", "http_options", "unknown_keys"]
 
 APPLICATION = "policy"
 """The name of our application, unless a file says otherwise."""
@@ -40,7 +40,7 @@ def deploy_file(settings: ServeSettings, host: str, port: int, name: str = "FILE
     """
     tree = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": host, "port": port},
+        "http_options": http_options(settings, host, port),
         "logging_config": {"encoding": "JSON"},
         "applications": [
             {
@@ -54,6 +54,15 @@ def deploy_file(settings: ServeSettings, host: str, port: int, name: str = "FILE
     }
     check_deploy_file(tree)
     return _HEAD.format(name=name) + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def http_options(settings: ServeSettings, host: str, port: int) -> dict[str, Any]:
+    """What Serve is told of where it listens."""
+    options: dict[str, Any] = {"host": host, "port": port}
+    security = settings.security
+    if security.tls_cert is not None:
+        options |= {"ssl_certfile": str(security.tls_cert), "ssl_keyfile": str(security.tls_key)}
+    return options
 
 
 def check_deploy_file(source: Mapping[str, Any] | Path) -> None:

@@ -1,7 +1,7 @@
 """What every request passes before anything looks at it: who asks, how much, by which headers.
 
 A layer around the whole application (ASGI), so that no route, and no mistake in one, lies outside of it: a
-route that is not in `_OPEN` needs a key, whether it exists or not.
+route that is not in `_OPEN` (or the page, which holds nothing) needs a key, whether it exists or not.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Gate:
         self._rates = rates
         self._settings = settings
         self._meters = meters
+        self._open = _OPEN | ({"/"} if settings.page else set())
         self._running = 0
         self.draining = False
 
@@ -123,7 +124,7 @@ class Gate:
         for name in _STEERING:
             if name in headers:
                 raise ApiError(400, "unsupported_header", f"the header {name} is not accepted", name)
-        if path in _OPEN:
+        if path in self._open:
             if self.draining and path in _READY:
                 raise self._draining()
             return None

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from stateset_ray.errors import InfrastructureFault
-from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
+from stateset_ray.serving.dispatch import Policies, PolicyBusy, PolicyLost
 from stateset_ray.serving.events import Ask, Event
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.gate import Gate
@@ -26,6 +26,7 @@ from stateset_ray.serving.redaction import RedactingFilter
 from stateset_ray.serving.routes import routes
 from stateset_ray.serving.security import KeyRing
 from stateset_ray.serving.settings import ServeSettings
+from stateset_ray.serving.transcript_log import SampledPolicies, TranscriptLog
 
 __all__ = ["Ingress", "ServePolicies", "ingress_deployment"]
 
@@ -34,10 +35,16 @@ _DRAIN_LOOK = 0.1  # seconds between two looks at what is still under way
 
 
 class ServePolicies:
-    """The policy deployment behind a Serve handle; implements `Policies`."""
+    """The policy deployment behind a Serve handle; implements `Policies`.
 
-    def __init__(self, handle: Any) -> None:
+    Args:
+        handle: to the deployment.
+        may_sleep: whether it may have no replica; asking how it is must not wake it then.
+    """
+
+    def __init__(self, handle: Any, *, may_sleep: bool = False) -> None:
         self._handle = handle
+        self._may_sleep = may_sleep
 
     async def ask(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
         """See `Policies.ask`."""
@@ -65,13 +72,19 @@ class ServePolicies:
 
     async def status(self) -> dict[str, Any]:
         """See `Policies.status`."""
+        if self._may_sleep:
+            awake = await self.statuses()
+            return awake[0] if awake else {"version": "asleep"}
         found: dict[str, Any] = await self._handle.options(method_name="status").remote()
         return found
 
     async def statuses(self) -> list[dict[str, Any]]:
         """See `Policies.statuses`."""
         asked = self._handle.broadcast("status")
-        found = await asked.results_async(timeout_s=_STATUS_SECONDS, return_exceptions=True)
+        try:
+            found = await asked.results_async(timeout_s=_STATUS_SECONDS, return_exceptions=True)
+        except DeploymentUnavailableError:  # there is none
+            return []
         # One that has just died is in the list for a moment longer.
         return [status for status in found if isinstance(status, dict)]
 
@@ -91,7 +104,10 @@ class Ingress:
         if settings.redact:
             logging.getLogger("ray.serve").addFilter(RedactingFilter())
         meters = Meters.of_ray()
-        app = routes(settings, ServePolicies(policy), meters)
+        policies: Policies = ServePolicies(policy, may_sleep=settings.may_sleep)
+        if settings.transcripts.folder is not None:
+            policies = SampledPolicies(policies, TranscriptLog(settings.transcripts, meters))
+        app = routes(settings, policies, meters)
         self._gate = Gate(app, KeyRing(settings.security), Rates(settings.rates), settings, meters)
 
     def __serve_build_asgi_app__(self) -> Gate:

@@ -69,6 +69,12 @@ METRICS: Mapping[str, Metric] = {
     "canary_share": Metric(
         "stateset_policy_canary_share", "gauge", "Share of the conversations that fall to the canary."
     ),
+    "transcripts": Metric(
+        "stateset_log_transcripts_total",
+        "counter",
+        "Sampled conversations, written or dropped.",
+        ("outcome",),
+    ),
     "swap_seconds": Metric(
         "stateset_policy_swap_seconds", "histogram", "From a checkpoint found to answering."
     ),

@@ -1,7 +1,7 @@
 """Personal data and keys out of log lines: e-mail addresses, card numbers, telephone numbers, API keys.
 
-Conversations are never logged at all; this is for what gets into a line by other ways (an error's text, a
-name).
+Conversations are in no log line; this is for what gets into one by other ways (an error's text, a name), and
+for the sampled transcripts, which somebody has asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 
-__all__ = ["RedactingFilter", "redact"]
+__all__ = ["RedactingFilter", "redact", "redact_keys"]
 
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})+")
 _KEY = re.compile(r"\b(?:sk|pk|key|token)-[A-Za-z0-9_-]{8,}|(?i:bearer)\s+[A-Za-z0-9._~+/-]{8,}=*")
@@ -23,9 +23,14 @@ def redact(text: str) -> str:
         >>> redact("mail jo@shop.example, card 4111 1111 1111 1111, call +49 30 1234567")
         'mail [email], card [card], call [phone]'
     """
-    text = _KEY.sub("[key]", text)
+    text = redact_keys(text)
     text = _EMAIL.sub("[email]", text)
     return _DIGITS.sub(_number, text)
+
+
+def redact_keys(text: str) -> str:
+    """The text without what looks like a key."""
+    return _KEY.sub("[key]", text)
 
 
 def _number(match: re.Match[str]) -> str:

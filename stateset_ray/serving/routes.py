@@ -25,6 +25,7 @@ from stateset_ray.serving.events import Ask, Event
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.gate import error_response
 from stateset_ray.serving.meters import Meters
+from stateset_ray.serving.page import add_page
 from stateset_ray.serving.protocol import ChatRequest, parse_chat, parse_json
 from stateset_ray.serving.security import Caller
 from stateset_ray.serving.settings import ServeSettings
@@ -80,6 +81,8 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
     _add_health(app, policies)
     _add_admin(app, settings, policies)
     add_release(app, settings)
+    if settings.page:
+        add_page(app)
     return app
 
 

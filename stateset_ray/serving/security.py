@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import secrets
+import ssl
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from stateset_ray.errors import ConfigError
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.settings import KeyEntry, SecuritySettings
 
-__all__ = ["ENVIRONMENT", "Caller", "KeyRing", "add_key", "digest", "entries", "is_loopback"]
+__all__ = ["ENVIRONMENT", "Caller", "KeyRing", "add_key", "check_tls", "digest", "entries", "is_loopback"]
 
 ENVIRONMENT = "STATESET_RAY_API_KEYS"
 """The environment variable with keys of the scope `chat`, separated by commas."""
@@ -164,6 +165,30 @@ def add_key(path: Path, name: str, *, admin: bool = False) -> str:
     beside.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
     return key
+
+
+def check_tls(settings: SecuritySettings) -> None:
+    """Read the certificate and its key, before Serve does so in a process whose errors nobody sees.
+
+    Raises:
+        ConfigError: they cannot be read, do not fit each other, or the key can be read by others.
+    """
+    if settings.tls_cert is None or settings.tls_key is None:
+        return
+    try:
+        if settings.tls_key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError(
+                "the private key of TLS can be read by others", given=str(settings.tls_key),
+                mend=f"chmod 600 {settings.tls_key}",
+            )  # fmt: skip
+        # A password would be asked for at a terminal: an empty one is refused instead.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.tls_cert, settings.tls_key, password=""
+        )
+    except (OSError, ValueError) as error:  # ssl's errors are OSErrors
+        raise ConfigError(
+            f"the certificate of TLS and its key cannot be used: {error}", given=str(settings.tls_cert)
+        ) from error
 
 
 def is_loopback(host: str) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "SecuritySettings",
     "ServeSettings",
     "SwapSettings",
+    "TranscriptSettings",
 ]
 
 _Scope = Literal["chat", "admin"]
@@ -86,6 +87,16 @@ class SecuritySettings(_Section):
     """Beside those of the file and of the environment variable STATESET_RAY_API_KEYS."""
     open: bool = False
     """Let anyone chat who reaches the port by a loopback name. Never on a network."""
+    tls_cert: Path | None = None
+    """A file with the certificate (and its chain), on every node: the endpoint speaks HTTPS only."""
+    tls_key: Path | None = None
+    """Its private key, without a password."""
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: give both")
+        return self
 
 
 class PolicySettings(_Section):
@@ -121,10 +132,24 @@ class SwapSettings(_Section):
     """Answers in which a canary may fail in a replica before it answers nobody there."""
 
 
+class TranscriptSettings(_Section):
+    """A sample of the conversations that were served, written into a folder. Off while there is none."""
+
+    folder: Path | None = None
+    share: float = Field(default=0.01, gt=0, le=1)
+    """Of the conversations."""
+    redact: bool = True
+    """Keep personal data out; keys are kept out in any case."""
+    file_bytes: int = Field(default=64 << 20, ge=1024)
+    files: int = Field(default=16, ge=1)
+    """That are kept, of all ingress replicas that write into this folder."""
+
+
 class AutoscalingSettings(_Section):
     """Replicas by load. Off while `max_replicas` is 0."""
 
     min_replicas: int = Field(default=1, ge=0)
+    """0: where nobody asks for `downscale_delay` seconds there is none; the next request waits for one."""
     max_replicas: int = Field(default=0, ge=0)
     target_tokens: float = Field(default=2048.0, gt=0)
     """Tokens, queued and still to sample, that one replica should have before it."""
@@ -164,6 +189,8 @@ class ServeSettings(_Section):
     """How often a request is sent again whose replica died before its first token."""
     redact: bool = True
     """Keep personal data and keys out of log lines."""
+    page: bool = True
+    """A page to chat with the policy in a browser, at `/`."""
     policy: PolicySettings = PolicySettings()
     limits: LimitSettings = LimitSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
@@ -171,6 +198,7 @@ class ServeSettings(_Section):
     security: SecuritySettings = SecuritySettings()
     swap: SwapSettings = SwapSettings()
     autoscaling: AutoscalingSettings = AutoscalingSettings()
+    transcripts: TranscriptSettings = TranscriptSettings()
 
     @property
     def name(self) -> str:
@@ -183,6 +211,11 @@ class ServeSettings(_Section):
         elif path.name == "checkpoints":
             path = path.parent
         return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-")[:128] or "policy"
+
+    @property
+    def may_sleep(self) -> bool:
+        """Whether there may be no policy replica at all."""
+        return self.autoscaling.max_replicas > 0 and self.autoscaling.min_replicas == 0
 
     @property
     def most_replicas(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +17,8 @@ from stateset_ray.errors import ConfigError
 from stateset_ray.serve import prepared, serve
 from stateset_ray.serving.security import ENVIRONMENT
 from stateset_ray.serving.source import pinned
+
+support = runpy.run_path(str(Path(__file__).with_name("support_certificate.py")))
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +87,25 @@ def test_a_port_in_use_is_named_before_anything_starts(run):
 def test_a_cluster_that_is_joined_needs_keys(run):
     with pytest.raises(ConfigError, match="keys are needed"):
         serve(prepared(str(run), [], "127.0.0.1", None), host="127.0.0.1", port=0, address="10.0.0.1:1")
+
+
+def test_tls_is_checked_before_anything_starts_and_told_to_serve(run, tmp_path):
+    pytest.importorskip("cryptography")
+    certificate, key = support["write_certificate"](tmp_path)
+    _, other = support["write_certificate"](tmp_path, "other")
+    arguments = (run, "--write", "policy.yaml", "--tls")
+    assert "cannot be used" in told(*arguments, certificate, other, code=2)
+    assert "cannot be used" in told(*arguments, certificate, tmp_path / "none", code=2)
+    assert "both" in told(run, "--write", "policy.yaml", "--set", f"security.tls_cert={certificate}", code=2)
+    key.chmod(0o640)
+    assert "read by others" in told(*arguments, certificate, key, code=2)
+    key.chmod(0o600)
+    told(*arguments, certificate, key)
+    options = yaml.safe_load((tmp_path / "policy.yaml").read_text())["http_options"]
+    assert (options["ssl_certfile"], options["ssl_keyfile"]) == (str(certificate), str(key))
+    told("--check", "policy.yaml")
+
+
+def test_the_page_can_be_left_out(run, tmp_path):
+    told(run, "--write", "policy.yaml", "--no-page")
+    assert yaml.safe_load((tmp_path / "policy.yaml").read_text())["applications"][0]["args"]["page"] is False

@@ -242,10 +242,17 @@ def test_every_route_but_health_needs_a_key(make):
             del web.headers["authorization"]
             paths = [route.path.replace("{id:path}", "tiny") for route in gate._app.routes]
             assert "/openapi.json" in paths
-            for path in [*paths, "/nowhere", "/admin/x", "/healthz/../v1/models", "//healthz", "/docs"]:
+            for path in [
+                *paths,
+                "/nowhere",
+                "/admin/x",
+                "/healthz/../v1/models",
+                "http://localhost//healthz",
+                "/docs",
+            ]:
                 for method in ("GET", "POST", "DELETE", "OPTIONS"):
                     answer = await web.request(method, path)
-                    if path in ("/healthz", "/readyz", "/health", "/health/live", "/health/ready"):
+                    if path in ("/", "/healthz", "/readyz", "/health", "/health/live", "/health/ready"):
                         assert answer.status_code == (200 if method == "GET" else 405), path
                     else:
                         assert answer.status_code == 401, (method, path)

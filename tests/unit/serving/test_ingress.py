@@ -15,6 +15,8 @@ from stateset_ray.errors import InfrastructureFault
 from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.ingress import ServePolicies
+from stateset_ray.serving.policy_deployment import policy_deployment
+from stateset_ray.serving.settings import AutoscalingSettings, ServeSettings
 
 
 class Response:
@@ -99,6 +101,36 @@ def test_a_replica_that_has_just_died_has_no_status():
             return Asked()
 
     assert asyncio.run(ServePolicies(Broadcasting()).statuses()) == [{"pid": 1}]
+
+
+@pytest.mark.parametrize("awake", [True, False])
+def test_asking_how_it_is_wakes_nobody(awake):
+    """Where there may be no replica: health checks would keep one for ever."""
+
+    class Asked:
+        async def results_async(self, **_):
+            if not awake:
+                raise DeploymentUnavailableError("Policy")
+            return [{"version": "v1"}]
+
+    class Sleeping:
+        def broadcast(self, name):
+            return Asked()
+
+        def options(self, **_):
+            raise AssertionError("this would start a replica")
+
+    policies = ServePolicies(Sleeping(), may_sleep=True)
+    assert asyncio.run(policies.status()) == {"version": "v1" if awake else "asleep"}
+    assert len(asyncio.run(policies.statuses())) == awake
+
+
+def test_scaling_to_zero_is_told_to_serve():
+    settings = ServeSettings(source="tiny", autoscaling=AutoscalingSettings(min_replicas=0, max_replicas=2))
+    assert settings.may_sleep
+    scaling = policy_deployment(settings)._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 2)
+    assert not ServeSettings(source="tiny").may_sleep
 
 
 def test_an_ingress_replica_loads_no_torch():
