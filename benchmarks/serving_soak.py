@@ -1,0 +1,80 @@
+"""A soak of an endpoint: memory, descriptors and threads of its replicas under load, and how they grow."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.serving_clients import crowd, summary
+from benchmarks.serving_endpoint import Endpoint
+
+__all__ = ["soak", "theil_sen"]
+
+_EVERY = 2.0  # seconds between two samples
+_WARM_UP = 1 / 3  # of the time, which is left out: caches and pools fill
+
+
+def soak(endpoint: Endpoint, seconds: float) -> dict[str, Any]:
+    """Four clients ask for so long, each request in a session of its own; a slope for each replica's process.
+
+    Slopes are Theil-Sen's, per minute, with a 95 % confidence interval, after the first third. Samples follow
+    each other, so that the interval is narrower than it would be for independent ones.
+    """
+    samples: dict[tuple[int, str], list[tuple[float, float, int, int]]] = defaultdict(list)
+
+    def watch() -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for kind in ("Ingress", "Policy"):
+                for pid, process in endpoint.processes(kind).items():
+                    try:
+                        row = process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
+                    except psutil.Error:
+                        continue
+                    samples[pid, kind].append((time.monotonic(), *row))
+            time.sleep(_EVERY)
+
+    load = summary(asyncio.run(crowd(endpoint, 4, watch, tokens=20, lasting=False)))
+    return {
+        "seconds": seconds,
+        "load": load,
+        "processes": {f"{kind} {pid}": _grown(rows) for (pid, kind), rows in samples.items()},
+    }
+
+
+def _grown(rows: Sequence[tuple[float, float, int, int]]) -> dict[str, Any]:
+    kept = [row for row in rows if row[0] >= rows[0][0] + _WARM_UP * (rows[-1][0] - rows[0][0])]
+    minutes = [(row[0] - kept[0][0]) / 60 for row in kept]
+    found: dict[str, Any] = {"samples": len(kept)}
+    for column, name in ((1, "rss_mib"), (2, "descriptors"), (3, "threads")):
+        values = [float(row[column]) for row in kept]
+        slope, low, high = theil_sen(minutes, values)
+        found[name] = {
+            "first": round(values[0], 1), "last": round(values[-1], 1),
+            "slope_per_minute": round(slope, 4), "interval": [round(low, 4), round(high, 4)],
+            "holds_zero": low <= 0 <= high,
+        }  # fmt: skip
+    return found
+
+
+def theil_sen(times: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
+    """The median of all pairwise slopes, and the bounds of its 95 % interval (Sen, 1968).
+
+    Example:
+        >>> [round(bound, 6) for bound in theil_sen(range(10), [2.0 * x for x in range(10)])]
+        [2.0, 2.0, 2.0]
+    """
+    x, y = np.asarray(times, float), np.asarray(values, float)
+    rows, columns = np.triu_indices(len(x), 1)
+    slopes = np.sort((y[columns] - y[rows]) / (x[columns] - x[rows]))
+    n = len(x)
+    half = 1.96 * math.sqrt(n * (n - 1) * (2 * n + 5) / 18) / 2
+    low, high = round(len(slopes) / 2 - half), round(len(slopes) / 2 + half)
+    return float(np.median(slopes)), float(slopes[max(0, low)]), float(slopes[min(len(slopes) - 1, high)])
