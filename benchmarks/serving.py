@@ -28,9 +28,10 @@ pause and without retries of their own, each in a session of its own.
 | `total_ms`, `first_token_ms`, `between_tokens_ms` | 50th and 99th percentile in milliseconds           |
 | `after_ms`       | the same of all the time, of those begun 5 s after a fault                          |
 
-`--load` measures without faults (`benchmarks.serving_load`): `latency` by clients at a time, the `overhead` of
-the endpoint over the engine, first tokens of conversations with and without `affinity`, an `overload` of ten
-times what can be answered, 1,000 `disconnects`. `--soak SECONDS` (`benchmarks.serving_soak`) says how replicas grow.
+`--load` measures without faults (`benchmarks.serving_load`): `latency` by clients at a time, the `overhead`
+of the endpoint over the engine, first tokens of conversations with and without `affinity`, an `overload` of
+ten times what can be answered, 1,000 `disconnects`. `--soak SECONDS` (`benchmarks.serving_soak`) says how
+replicas grow.
 """
 
 from __future__ import annotations

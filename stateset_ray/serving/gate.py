@@ -6,7 +6,9 @@ route that is not in `_OPEN` (or the page, which holds nothing) needs a key, whe
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import re
 import time
 import uuid
@@ -34,6 +36,8 @@ _OPEN = frozenset({"/healthz", "/health", "/health/live"}) | _READY
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # By these any client could switch off the proxy's time limit, its cancellation, or its choice of replica.
 _STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id")
+# Answers are not kept to be given again: who relies on that is told so, as with any other parameter.
+_UNKEPT = "idempotency-key"
 _REQUEST_ID = "x-request-id"
 _log = logging.getLogger("ray.serve")
 
@@ -95,7 +99,7 @@ class Gate:
                 return
             visit.caller = caller
             visit.scope.setdefault("state", {})["caller"] = caller
-            visit.limit(self._settings.limits.body_bytes)
+            visit.limit(self._settings.limits.body_bytes, self._settings.deadlines.body)
             if _is_admin(visit.path):
                 await self._app(visit.scope, visit.receive, visit.send)
                 return
@@ -121,7 +125,7 @@ class Gate:
             raise ApiError(
                 400, "invalid_header", "x-request-id must be 1 to 128 plain characters", _REQUEST_ID
             )
-        for name in _STEERING:
+        for name in (*_STEERING, _UNKEPT):
             if name in headers:
                 raise ApiError(400, "unsupported_header", f"the header {name} is not accepted", name)
         if path in self._open:
@@ -178,20 +182,29 @@ class _Visit:
         self._send = send
         self._most: int | None = None
         self._received = 0
+        self._whole = False
+        self._end = math.inf
 
-    def limit(self, most: int) -> None:
-        """Refuse a body that is longer, by what it says or by what comes.
+    def limit(self, most: int, seconds: float) -> None:
+        """Refuse a body that is longer, by what it says or by what comes, and one that does not come.
 
         Raises:
             ApiError: 413.
         """
-        self._most = most
+        self._most, self._end = most, time.monotonic() + seconds
         said = self.headers.get("content-length", "0")
         if not said.isdecimal() or len(said) > 18 or int(said) > most:
             raise self._too_long()
 
     async def receive(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
+        if self._whole:  # what comes now is only that the client has left
+            return await self._receive()
+        try:
+            async with asyncio.timeout(None if math.isinf(self._end) else self._end - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "body_too_slow", "the body did not come in time") from None
+        self._whole = not message.get("more_body", False)
         self._received += len(message.get("body", b""))
         if self._most is not None and self._received > self._most:
             raise self._too_long()

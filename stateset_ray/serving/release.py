@@ -184,6 +184,8 @@ def _check(run: Path, name: str) -> None:
         raise ConfigError(
             "this is not the name of a checkpoint", given=name, mend="for example step-00000012"
         )
+    if (run / "checkpoints" / name).is_symlink():
+        raise CheckpointError("this checkpoint is a link to somewhere else", given=name)
     verify(run / "checkpoints" / name)
 
 

@@ -51,6 +51,8 @@ class LimitSettings(_Section):
 class DeadlineSettings(_Section):
     """Seconds until an answer is given up, and its slot is free again."""
 
+    body: float = Field(default=30.0, gt=0)
+    """Until a request's body must be there."""
     first_token: float = Field(default=60.0, gt=0)
     idle: float = Field(default=60.0, gt=0)
     """Between two tokens."""

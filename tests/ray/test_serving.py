@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import runpy
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -35,6 +37,7 @@ from stateset_ray.serving.settings import (
     SecuritySettings,
     ServeSettings,
     SwapSettings,
+    TranscriptSettings,
 )
 from stateset_ray.types import Message
 
@@ -45,6 +48,7 @@ PATIENCE = 60.0  # seconds that anything may take on a busy machine
 
 
 _SUPPORT = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "serving" / "support_checkpoints.py"))
+_CERTIFICATE = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "serving" / "support_certificate.py"))
 new_run, save = _SUPPORT["new_run"], _SUPPORT["save"]
 
 
@@ -97,6 +101,7 @@ def endpoint(local_ray, tmp_path_factory):
         swap=SwapSettings(poll_seconds=0.2),
         rates=RateSettings(requests="100000/minute", concurrent=1000),
         security=SecuritySettings(keys_file=keys),
+        transcripts=TranscriptSettings(folder=folder / "transcripts", share=1),
     )
     made = Endpoint("", add_key(keys, "shop"), add_key(keys, "boss", admin=True), folder / "shop", keys)
     port = free_port()
@@ -294,6 +299,61 @@ def test_checkpoints_are_taken_over_under_load_without_a_failed_request(endpoint
     assert "step-00000004" not in told
 
 
+def test_a_canary_is_tried_promoted_and_taken_back_without_a_failed_request(endpoint):
+    """Through the routes, on two replicas; each session is answered by one version until it is promoted."""
+    web = httpx2.Client(base_url=endpoint.url, headers={"authorization": f"Bearer {endpoint.admin}"})
+    web.timeout = PATIENCE
+    assert web.post("/admin/weights", json={"checkpoint": "step-00000001"}).status_code == 200
+    endpoint.reaches(lambda replicas: all(r["step"] == 1 for r in replicas))
+    save(endpoint.run, 5, 1.05)
+    versions: dict[str, set[str]] = {}
+    with load(endpoint) as told, endpoint.client() as ai:
+        started = web.post("/admin/canary", json={"checkpoint": "step-00000005", "share": 0.5})
+        assert started.json()["canary"] == {"checkpoint": "step-00000005", "share": 0.5}
+        endpoint.reaches(lambda replicas: all(r["canary"] for r in replicas))
+        for number in range(16):
+            answer = ai.chat.completions.create(
+                model="shop", messages=HI, max_tokens=2, prompt_cache_key=f"c{number % 8}"
+            )
+            versions.setdefault(f"c{number % 8}", set()).add(str(answer.system_fingerprint)[:13])
+        counted = [r["versions"] for r in endpoint.replicas()]
+        assert web.post("/admin/promote", json={}).json()["checkpoint"] == "step-00000005"
+        endpoint.reaches(lambda replicas: all(r["step"] == 5 and not r["canary"] for r in replicas))
+        assert web.post("/admin/rollback", json={}).json()["checkpoint"] == "step-00000001"
+        endpoint.reaches(lambda replicas: all(r["step"] == 1 for r in replicas))
+        assert web.post("/admin/weights", json={"checkpoint": None}).status_code == 200
+    assert not failed(told)
+    assert all(len(found) == 1 for found in versions.values()), versions
+    assert set.union(*versions.values()) == {"step-00000001", "step-00000005"}
+    answered = {name[:13] for tallies in counted for name, tally in tallies.items() if tally["answered"]}
+    assert {"step-00000001", "step-00000005"} <= answered
+
+
+def test_what_was_said_is_logged_and_can_be_replayed(endpoint):
+    talk = [{"role": "user", "content": "write to jo@shop.example"}]
+    with endpoint.client() as ai:
+        for _ in range(2):
+            answer = ai.chat.completions.create(
+                model="shop", messages=talk, max_tokens=5, temperature=0, prompt_cache_key="logged"
+            )
+            reply = answer.choices[0].message.content
+            talk += [{"role": "assistant", "content": reply}, {"role": "user", "content": "and?"}]
+    folder = endpoint.keys.parent / "transcripts"
+    end = time.monotonic() + PATIENCE
+    while len(found := [r for r in lines(folder) if "[email]" in r["messages"][0]["content"]]) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    last = max(found, key=lambda record: len(record["messages"]))
+    assert [m["content"] for m in last["messages"]] == ["write to [email]", talk[1]["content"], "and?"]
+    assert last["replies"][0]["content"] == talk[3]["content"]
+    assert (last["key"], last["version"]) == ("shop", answer.system_fingerprint)
+    assert not any(endpoint.key in path.read_text() for path in folder.iterdir())
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
 def test_a_replica_is_killed_without_a_failed_request(endpoint):
     endpoint.reaches(lambda replicas: len(replicas) == 2)
     with load(endpoint) as told:
@@ -335,22 +395,65 @@ def test_replicas_follow_the_load(endpoint):
 
 
 @pytest.mark.slow
+def test_nobody_there_and_the_next_request_waits_for_one(endpoint):
+    """Scaling to zero, live; health checks keep no replica awake."""
+    from ray import serve
+
+    from stateset_ray.serving.app import build
+
+    settings = ServeSettings(
+        source=str(endpoint.run / "checkpoints" / "step-00000001"),
+        policy=PolicySettings(threads=1, slots=2),
+        ingress_replicas=1,
+        security=SecuritySettings(keys_file=endpoint.keys),
+        autoscaling=AutoscalingSettings(
+            min_replicas=0, max_replicas=1, target_tokens=50, upscale_delay=0, downscale_delay=2, interval=0.5
+        ),
+    )
+    serve.run(build(settings), name="idle", route_prefix="/idle")
+    idle = replace(endpoint, url=f"{endpoint.url}/idle")
+    end = time.monotonic() + PATIENCE
+    while (ready := httpx2.get(f"{idle.url}/readyz", timeout=PATIENCE)).json().get("version") != "asleep":
+        assert time.monotonic() < end, ready.text
+        time.sleep(0.2)
+    assert ready.status_code == 200
+    assert idle.replicas() == []
+    with idle.client() as ai:
+        answer = ai.chat.completions.create(model="shop", messages=HI, max_tokens=3)
+        assert answer.usage.completion_tokens == 3
+    idle.reaches(lambda replicas: not replicas)
+    serve.delete("idle")
+
+
+@pytest.mark.slow
 def test_the_command_serves_and_drains(tmp_path):
-    """`stateset-ray serve` in a process of its own: SIGTERM lets the stream under way end."""
+    """`stateset-ray serve --tls` in a process of its own: SIGTERM lets the stream under way end."""
+    pytest.importorskip("cryptography")
+    certificate, key = _CERTIFICATE["write_certificate"](tmp_path)
     run, port = new_run(tmp_path / "shop", 512), free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "TQDM_DISABLE": "1"}
     environment.pop("RAY_ADDRESS", None)
     environment.pop("STATESET_RAY_API_KEYS", None)
     command = [sys.executable, "-m", "stateset_ray.cli", "serve", str(run), "--port", str(port)]
+    command += ["--tls", str(certificate), str(key)]
+    trusted = ssl.create_default_context(cafile=str(certificate))
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     ) as process:
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if f"http://127.0.0.1:{port}/v1" in line:
+                if f"https://127.0.0.1:{port}/v1" in line:
                     break
-            ai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            web = openai.DefaultHttpxClient(verify=trusted)
+            ai = openai.OpenAI(
+                base_url=f"https://127.0.0.1:{port}/v1", api_key="none", max_retries=0, http_client=web
+            )
+            assert "content-security-policy" in web.get(f"https://127.0.0.1:{port}/").headers
+            with pytest.raises(httpx2.HTTPError):  # neither without TLS, nor by whom nobody vouches for
+                httpx2.get(f"http://127.0.0.1:{port}/healthz")
+            with pytest.raises(httpx2.ConnectError, match="certificate"):
+                httpx2.get(f"https://127.0.0.1:{port}/healthz")
             stream = iter(
                 ai.chat.completions.create(model="shop", messages=HI, max_tokens=480, seed=1, stream=True)
             )
