@@ -151,6 +151,9 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
                 mend=f"make a key (stateset-ray serve --new-key NAME --keys keys.json), or set {ENVIRONMENT}",
             )  # fmt: skip
         security["open"] = True
+    transcripts = tree.get("transcripts", {})
+    if isinstance(transcripts.get("folder"), str):  # replicas have working directories of their own
+        transcripts["folder"] = str(Path(transcripts["folder"]).absolute())
     settings = validated(ServeSettings, tree, "--set")
     KeyRing(settings.security)
     check_tls(settings.security)

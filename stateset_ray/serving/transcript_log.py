@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stateset_ray.errors import ConfigError
 from stateset_ray.serving.dispatch import Policies
 from stateset_ray.serving.events import Ask, Began, Ended, Event, Piece
 from stateset_ray.serving.meters import Meters
@@ -45,19 +46,24 @@ class TranscriptLog:
         meters: where lines are counted.
 
     Raises:
-        OSError: the folder cannot be made.
+        ConfigError: there is no folder, or it cannot be made.
     """
 
     def __init__(self, settings: TranscriptSettings, meters: Meters) -> None:
         if settings.folder is None:
-            raise ValueError("a log of transcripts needs a folder")
+            raise ConfigError("a log of transcripts needs a folder", mend="set transcripts.folder")
         self._settings = settings
         self._folder = settings.folder
         self._meters = meters
         self._file = self._next_file()
         self._writing: asyncio.Task[None] | None = None
         self._waiting: list[str] = []
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the folder of transcripts cannot be made: {error.strerror}", given=str(self._folder)
+            ) from error
 
     def samples(self, ask: Ask) -> bool:
         """Whether this conversation is in the sample: all of its turns are, or none."""

@@ -106,6 +106,12 @@ def test_tls_is_checked_before_anything_starts_and_told_to_serve(run, tmp_path):
     told("--check", "policy.yaml")
 
 
+def test_a_folder_of_transcripts_is_named_in_full(run, tmp_path):
+    told(run, "--write", "policy.yaml", "--set", "transcripts.folder=log", "--set", "transcripts.share=0.5")
+    args = yaml.safe_load((tmp_path / "policy.yaml").read_text())["applications"][0]["args"]
+    assert args["transcripts"] == {"folder": str(tmp_path / "log"), "share": 0.5}
+
+
 def test_the_page_can_be_left_out(run, tmp_path):
     told(run, "--write", "policy.yaml", "--no-page")
     assert yaml.safe_load((tmp_path / "policy.yaml").read_text())["applications"][0]["args"]["page"] is False

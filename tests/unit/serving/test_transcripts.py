@@ -172,6 +172,12 @@ def test_a_folder_that_cannot_be_written_costs_no_answer(log, tmp_path, recorder
     assert recorders["transcripts"].counted == {("dropped",): 1, ("written",): 1}
 
 
+def test_a_folder_that_cannot_be_made_is_said_at_the_start(log, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        log(folder=tmp_path / "file" / "log")
+
+
 def test_a_disk_that_hangs_does_not_fill_the_memory(log, recorders):
     async def play():
         found = log()
