@@ -61,7 +61,7 @@ class Endpoint:
         self.save(1.0)
         self.settings = ServeSettings(
             source=str(self.run), model_id="bench",
-            policy=PolicySettings(replicas=2, threads=1, slots=slots, ongoing=slots, queued=slots),
+            policy=PolicySettings(replicas=2, threads=1, slots=slots, ongoing=slots, queued=slots, surge=50),
             swap=SwapSettings(poll_seconds=0.5),
             rates=RateSettings(requests="10000000/minute", concurrent=100_000),
             security=SecuritySettings(keys_file=keys),

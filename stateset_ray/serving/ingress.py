@@ -133,5 +133,6 @@ def ingress_deployment(settings: ServeSettings) -> Any:
         ray_actor_options={"num_cpus": 0.1},
         # Looser than what the ingress itself refuses, so that refusals are in our shape and not Serve's.
         max_ongoing_requests=settings.ingress_ongoing,
+        max_surge_percent=50,  # they are small: an update stops none before there is another
         graceful_shutdown_timeout_s=settings.deadlines.drain,
     )

@@ -46,6 +46,7 @@ def policy_deployment(settings: ServeSettings) -> Any:
         ray_actor_options={"num_cpus": policy.cpus, "num_gpus": policy.gpus},
         max_ongoing_requests=policy.ongoing,
         max_queued_requests=policy.queued,
+        max_surge_percent=policy.surge,
         graceful_shutdown_timeout_s=settings.deadlines.drain,
         request_router_config={
             "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",

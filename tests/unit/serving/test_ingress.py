@@ -14,9 +14,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from stateset_ray.errors import InfrastructureFault
 from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
 from stateset_ray.serving.faults import ApiError
-from stateset_ray.serving.ingress import ServePolicies
+from stateset_ray.serving.ingress import ServePolicies, ingress_deployment
 from stateset_ray.serving.policy_deployment import policy_deployment
-from stateset_ray.serving.settings import AutoscalingSettings, ServeSettings
+from stateset_ray.serving.settings import AutoscalingSettings, PolicySettings, ServeSettings
 
 
 class Response:
@@ -123,6 +123,12 @@ def test_asking_how_it_is_wakes_nobody(awake):
     policies = ServePolicies(Sleeping(), may_sleep=True)
     assert asyncio.run(policies.status()) == {"version": "v1" if awake else "asleep"}
     assert len(asyncio.run(policies.statuses())) == awake
+
+
+def test_room_for_an_update_is_told_to_serve():
+    settings = ServeSettings(source="tiny", policy=PolicySettings(surge=30))
+    assert policy_deployment(settings)._deployment_config.max_surge_percent == 30
+    assert ingress_deployment(settings)._deployment_config.max_surge_percent > 0
 
 
 def test_scaling_to_zero_is_told_to_serve():
