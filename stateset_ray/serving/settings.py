@@ -120,8 +120,8 @@ class PolicySettings(_Section):
     remembered: int = Field(default=1024, ge=0)
     """Conversations whose token ids a replica keeps, so that they go on with the ids that were sampled."""
     surge: int = Field(default=0, ge=0, le=100)
-    """Percent of the replicas that may be there besides while an update replaces them. With 0 one stops first,
-    so that there are fewer meanwhile; more than 0 needs room, and waits for it."""
+    """Percent of the replicas that may be there besides while an update replaces them. With 0 some stop
+    first, so that there are fewer meanwhile; more than 0 needs room, and waits for it."""
     threads: int = Field(default=0, ge=0)
     """Torch threads of a replica; 0: the machine's cores, shared among the replicas."""
 
