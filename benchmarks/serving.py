@@ -77,10 +77,15 @@ def main() -> None:
     }  # fmt: skip
     # A server that is to be overloaded must be small: its queue is counted in answers.
     slots = 4 if "overload" in options.load else 16
+    context = 512 if options.model == "tiny" else 2048
     with (
         tempfile.TemporaryDirectory(prefix="ssr", dir="/tmp") as folder,
         endpoint(
-            Path(folder), model=options.model, slots=slots, dashboard="deploy" in options.faults
+            Path(folder),
+            model=options.model,
+            context=context,
+            slots=slots,
+            dashboard="deploy" in options.faults,
         ) as made,
     ):
         result["faults"] = {fault: _measured(made, fault, options.times) for fault in options.faults}

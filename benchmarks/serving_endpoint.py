@@ -57,7 +57,7 @@ class Endpoint:
         (self.run / "config.toml").write_text(load_config(None, config).to_toml(), encoding="utf-8")
         self.key = add_key(keys, "client")
         self._admin = {"authorization": f"Bearer {add_key(keys, 'admin', admin=True)}"}
-        self._model, self._step = model, 0
+        self._model, self._step, self.context = model, 0, context
         self.save(1.0)
         self.settings = ServeSettings(
             source=str(self.run), model_id="bench",

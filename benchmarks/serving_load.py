@@ -15,6 +15,7 @@ from benchmarks.serving_endpoint import Endpoint
 __all__ = ["affinity", "disconnects", "latency", "overhead", "overload"]
 
 _SECONDS = 15.0  # of each measurement
+_CONVERSATIONS = 8
 _TURNS = 6
 
 
@@ -68,41 +69,44 @@ def overhead(endpoint: Endpoint) -> dict[str, Any]:
 
 def affinity(endpoint: Endpoint) -> dict[str, Any]:
     """Conversations that grow for some turns: time to the first token of each turn but the first."""
+    words = endpoint.context // 64  # that are said in each turn
 
     async def talk(client: Client, number: int, session: str) -> list[float]:
-        said = [{"role": "user", "content": _words(number, 0)}]
+        said = [{"role": "user", "content": _words(number, 0, words)}]
         firsts = []
         for turn in range(1, _TURNS + 1):
-            told, text = await client.ask(said, tokens=12, session=session, temperature=0)
+            told, text = await client.ask(said, tokens=8, session=session, seed=100 * number + turn)
             assert told.told == "answered", told.told
             if turn > 1 and told.first is not None:
                 firsts.append(told.first - told.begun)
             said += [
                 {"role": "assistant", "content": text},
-                {"role": "user", "content": _words(number, turn)},
+                {"role": "user", "content": _words(number, turn, words)},
             ]
         return firsts
 
-    async def all_of(named: bool, offset: int) -> list[float]:
+    async def all_of(named: bool, offset: int, count: int = _CONVERSATIONS) -> list[float]:
         firsts = []
         async with Client.of(endpoint) as client:
-            for place in range(0, 24, 2):  # two conversations at a time
+            for place in range(0, count, 2):  # two at a time
                 pair = [offset + place, offset + place + 1]
                 found = await asyncio.gather(*(talk(client, n, f"c{n}" if named else "") for n in pair))
                 firsts += [first for each in found for first in each]
         return firsts
 
-    asyncio.run(all_of(True, 10_000))  # warms up
+    asyncio.run(all_of(True, 10_000, 2))  # warms up
     return {
+        "conversations": _CONVERSATIONS,
         "turns": _TURNS,
+        "words_each": words,
         "named_first_token_ms": percentiles(asyncio.run(all_of(True, 0))),
         "unnamed_first_token_ms": percentiles(asyncio.run(all_of(False, 1000))),
     }
 
 
-def _words(number: int, turn: int) -> str:
+def _words(number: int, turn: int, count: int) -> str:
     rng = random.Random(1000 * number + turn)
-    return " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(8))
+    return " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(count))
 
 
 def overload(endpoint: Endpoint) -> dict[str, Any]:
