@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
 from stateset_ray.errors import ConfigError
 
-__all__ = ["apply_override", "leaves", "validated"]
+__all__ = ["apply_override", "leaves", "put", "unknown_key", "validated"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -35,11 +35,23 @@ def apply_override(tree: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string: --set model.name=tiny
+    put(tree, path, value, given=setting)
+
+
+def put(tree: dict[str, Any], path: Sequence[str], value: Any, *, given: object) -> None:
+    """Set one value in a tree of settings; sections on the way are made.
+
+    Args:
+        given: what is to be changed, for the error.
+
+    Raises:
+        ConfigError: the path leads through a value.
+    """
     node = tree
     for part in path[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"{part!r} in this override is a value, not a section", given=setting)
+            raise ConfigError(f"{part!r} in this override is a value, not a section", given=given)
     node[path[-1]] = value
 
 
@@ -67,19 +79,30 @@ def validated(model: type[_Model], tree: Mapping[str, Any], source: str) -> _Mod
 def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        section, _, leaf = key.rpartition(".")
-        known = list(_known_keys(model))
-        siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-        leaves = {name.rpartition(".")[2]: name for name in known}
-        near = [siblings[m] for m in difflib.get_close_matches(leaf, siblings, n=1)] or [
-            leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1)
-        ]
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {key!r}{hint}"
+        return unknown_key(model, key)
     message = str(detail["msg"]).removeprefix("Value error, ")
     if isinstance(detail["input"], Mapping) and detail["type"] == "value_error":
         return message  # a check across fields names its own keys and values
     return f"{key}: {message} (given: {detail['input']!r})"
+
+
+def unknown_key(model: type[BaseModel], key: str) -> str:
+    """What is said of a key that a model does not have: with the nearest one that it has.
+
+    Example:
+        >>> from stateset_ray.config import Config
+        >>> unknown_key(Config, "learner.learning_rat")
+        "unknown key 'learner.learning_rat'; did you mean 'learner.learning_rate'?"
+    """
+    section, _, leaf = key.rpartition(".")
+    known = list(_known_keys(model))
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    near = [siblings[m] for m in difflib.get_close_matches(leaf, siblings, n=1)] or [
+        leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1)
+    ]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {key!r}{hint}"
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -87,6 +87,7 @@ LIBRARIES: dict[int | str, set[str]] = {
     "rllib": {"gymnasium", "torch"},
     "storage": {"fsspec"},
     "serving": {"fastapi", "limits", "starlette", "yaml"},
+    "sweep": {"optuna", "pydantic"},
 }
 """What a floor may import from outside, and what one file or package may besides."""
 
@@ -181,6 +182,8 @@ def foreign(files: Files) -> Iterator[str]:
                 yield f"{module.path}:{line}: {root} may not be imported here (LIBRARIES)"
             if under(name, "ray.rllib") and module.unit != "rllib":
                 yield f"{module.path}:{line}: ray.rllib belongs to {PACKAGE}/rllib.py"
+            if under(name, "ray.tune") and module.unit != "sweep":
+                yield f"{module.path}:{line}: ray.tune belongs to {PACKAGE}/sweep/"
 
 
 def strayed_actors(files: Files) -> Iterator[str]:
@@ -370,6 +373,7 @@ VIOLATIONS: list[tuple[Callable[[Files], Iterator[str]], dict[str, str], str]] =
     (foreign, {"cli": "import ray"}, "ray may not be imported here"),
     (foreign, {"actors/pool": "from ray import rllib"}, "ray.rllib belongs"),
     (foreign, {"sweep": "from ray.rllib.algorithms import x"}, "ray.rllib belongs"),
+    (foreign, {"train": "from ray import tune"}, "ray.tune belongs"),
     (strayed_actors, {"train": "import ray\n@ray.remote\nclass A: ..."}, "train.py:2: ray.remote belongs"),
     (strayed_actors, {"rllib": "import ray\nA = ray.remote(num_cpus=1)(B)"}, "ray.remote belongs"),
     (strayed_actors, {"serve": "@serve.deployment(name='x')\nclass A: ..."}, "serve.deployment belongs"),
