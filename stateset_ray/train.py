@@ -21,7 +21,7 @@ from stateset_ray.actors.run import OnEvent, Run, open_run
 from stateset_ray.config import Config
 from stateset_ray.errors import ConfigError, LearnerLost, RunError
 
-__all__ = ["Clock", "TrainStep", "train", "train_step"]
+__all__ = ["Clock", "TrainStep", "advance", "train", "train_step"]
 
 TrainStep = Callable[[Run, int], Mapping[str, float]]
 """One turn of the circle: collect, learn, publish."""
@@ -68,6 +68,26 @@ def _to_the_end(run: Run, take_step: TrainStep) -> dict[str, Any]:
         take_step(run, step)
     run.evaluate("after")
     return run.finish()
+
+
+def advance(run: Run, take_step: TrainStep) -> Mapping[str, float]:
+    """Take a run one step further, for drivers that hold the loop themselves (a trial of a sweep, say).
+
+    What comes before the first step is done, and the loss of a learner rank is recovered from, as in `train`.
+
+    Raises:
+        StatesetError: what went wrong; the last checkpoint is whole.
+    """
+    wanted = run.step + 1
+    while True:
+        try:
+            _prepare(run)
+            update: Mapping[str, float] = {}
+            while run.step < wanted:
+                update = take_step(run, run.step)
+            return update
+        except LearnerLost as error:
+            run.recover(error)
 
 
 def train_step(run: Run, step: int) -> Mapping[str, float]:

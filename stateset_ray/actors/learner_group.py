@@ -146,6 +146,10 @@ class LearnerRank:
                 lost.append(index)
         return lost
 
+    def in_force(self) -> dict[str, Any]:
+        """See `Learner.in_force`."""
+        return self._ready().in_force()
+
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference."""
         self._ready().refresh_reference()
@@ -311,6 +315,10 @@ class LearnerGroup:
             self._ranks[0].write_probe.remote(root), timeout=limit, waiting_for="the learner to write a file"
         )
         return str(token), str(node)
+
+    def in_force(self) -> list[dict[str, Any]]:
+        """What each rank learns with; see `Learner.in_force`."""
+        return self._all([rank.in_force.remote() for rank in self._ranks], "asking what is in force")
 
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference of the KL."""

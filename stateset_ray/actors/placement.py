@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError
 
-__all__ = ["Placement", "bundles", "cluster", "describe", "import_paths", "place"]
+__all__ = ["Placement", "bundles", "check_room", "cluster", "describe", "import_paths", "place"]
 
 _log = logging.getLogger(__name__)
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job, beside RAY_ADDRESS
@@ -199,6 +199,74 @@ def place(config: Config, *, learners: bool = True) -> Iterator[Placement]:
         yield Placement(config, group)
     finally:
         remove_placement_group(group)
+
+
+def check_room(config: Config, wanted: Sequence[Mapping[str, float]], what: str) -> None:
+    """Make sure that bundles can ever be placed, on the cluster as it is or as it grows while this waits.
+
+    Args:
+        config: has the strategy and, where a cluster may grow, how long to wait.
+        wanted: the bundles of one group; what others hold of the cluster now does not count.
+        what: is to be placed, for the error.
+
+    Raises:
+        ClusterError: they cannot be, with what is missing: at once where the cluster never grows.
+    """
+    strategy = config.cluster.strategy
+    if not (lack := _lacking(wanted, strategy)):
+        return
+    problem = ClusterError(
+        f"{what} can never be placed on this cluster: {lack}",
+        given=[dict(bundle) for bundle in wanted],
+        mend="add nodes, or ask for less in [cluster], rollout.workers, rollout.engines and learner.ranks",
+    )
+    if not _address(config):
+        raise problem
+    deadline = time.monotonic() + config.cluster.wait_seconds
+    group = placement_group([dict(bundle) for bundle in wanted], strategy=strategy)  # what autoscalers see
+    try:
+        while not group.wait(timeout_seconds=min(5, max(0.1, deadline - time.monotonic()))):
+            if time.monotonic() > deadline:
+                raise problem
+            _log.warning("waiting for nodes: %s", _lacking(wanted, strategy) or "others hold the room")
+    finally:
+        remove_placement_group(group)
+
+
+def _lacking(wanted: Sequence[Mapping[str, float]], strategy: str) -> str:
+    """What the nodes as they are lack for these bundles, were they empty; "" if nothing."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total: Counter[str] = Counter()
+    for bundle in wanted:
+        total.update(bundle)
+    lines = []
+    for name, amount in total.items():
+        there = sum(node.get(name, 0) for node in nodes)
+        if there < amount:
+            lines.append(f"{name}: {amount:g} wanted, {there:g} there")
+    if lines:
+        return "; ".join(lines)
+    largest = [dict(total)] if strategy == "STRICT_PACK" else [dict(bundle) for bundle in wanted]
+    for bundle in largest:
+        if not any(all(node.get(n, 0) >= amount for n, amount in bundle.items()) for node in nodes):
+            return f"no node has {bundle} for {'all of it' if strategy == 'STRICT_PACK' else 'one bundle'}"
+    if strategy == "STRICT_SPREAD" and len(wanted) > len(nodes):
+        return f"nodes: {len(wanted)} wanted, one for each bundle, {len(nodes)} there"
+    return _unfit(wanted, nodes)
+
+
+def _unfit(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str:
+    """The first bundle that finds no node, the large ones put first; "" if all do."""
+    free = [dict(node) for node in nodes]
+    for bundle in sorted(wanted, key=lambda b: (-b.get("GPU", 0), -b.get("CPU", 0))):
+        for node in free:
+            if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
+                for name, amount in bundle.items():
+                    node[name] -= amount
+                break
+        else:
+            return f"no node has room left for {dict(bundle)} beside the other bundles"
+    return ""
 
 
 def _first_bundle(group: PlacementGroup, wanted: list[dict[str, float]]) -> int:

@@ -245,7 +245,8 @@ class Run:
             self.learners.load(found.path)
             ranks[0] = int(found.meta.get("ranks", ranks[1]))
             step, version, results = found.step, int(found.meta["version"]), dict(found.meta["results"])
-            self.kl_coef = float(found.meta.get("kl_coef", self.kl_coef))
+            if self.config.grpo.kl_target:  # else it is what the configuration says, whatever it was then
+                self.kl_coef = float(found.meta.get("kl_coef", self.kl_coef))
             if self._saved is None:  # another process has spent this time
                 self._seconds_before = float(found.meta["seconds"])
         self.step, self.version, self.results = step, version, results

@@ -12,10 +12,11 @@ from stateset_ray.cli.base import app
 from stateset_ray.cli.learning import evaluate, train
 from stateset_ray.cli.serving import serve
 from stateset_ray.cli.submit import jobs
+from stateset_ray.cli.sweep import sweep
 from stateset_ray.cli.talking import chat
 from stateset_ray.cli.workshop import doctor, init, version
 
-__all__ = ["app", "chat", "doctor", "evaluate", "init", "jobs", "main", "serve", "train", "version"]
+__all__ = ["app", "chat", "doctor", "evaluate", "init", "jobs", "main", "serve", "sweep", "train", "version"]
 
 
 def main() -> None:

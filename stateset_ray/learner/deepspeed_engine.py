@@ -113,6 +113,14 @@ class DeepSpeedEngine(PolicyEngine):
         norm = self._engine.get_global_grad_norm()
         return StepResult(float("nan") if norm is None else float(norm), self._engine.was_step_applied())
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """See `LearnerEngine.hyperparameters`."""
+        optimizer = self._engine.optimizer
+        group = optimizer.param_groups[0]
+        acting = {name: group[name] for name in ("lr", "betas", "weight_decay")}
+        own = self._config.zero_stage == 0  # DeepSpeed clips in the other stages
+        return acting | {"max_grad_norm": self._config.max_grad_norm if own else optimizer.clip_grad}
+
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before an optimizer step of stage 0: the gradients are those of the whole step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -343,6 +343,22 @@ class Learner:
             raise CheckpointError(f"the random states cannot be read: {error}", given=str(path)) from error
         set_random_states(states)
 
+    def in_force(self) -> dict[str, Any]:
+        """What this rank learns with, by the names of the configuration, read where it acts.
+
+        In plain JSON types. `learner.learning_rate` is that of the last step, as the schedule made it.
+        """
+        acting = self._engine.hyperparameters()
+        objective = self._config.grpo.model_dump(mode="json")
+        return {
+            "learner.learning_rate": float(acting["lr"]),
+            "learner.betas": [float(beta) for beta in acting["betas"]],
+            "learner.weight_decay": float(acting["weight_decay"]),
+            "learner.max_grad_norm": float(acting["max_grad_norm"]),
+            "rollout.temperature": self._config.rollout.temperature,
+            **{f"grpo.{name}": value for name, value in objective.items()},
+        }
+
     def close(self) -> None:
         """Free the model and leave the process group."""
         self._engine.destroy()

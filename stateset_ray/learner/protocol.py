@@ -92,6 +92,10 @@ class LearnerEngine(Protocol):
         """Clip the summed gradient to `learner.max_grad_norm`, apply it and clear it."""
         ...
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """What `step` works with, read where it acts: `lr`, `betas`, `weight_decay` and `max_grad_norm`."""
+        ...
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks, in place."""
         ...

@@ -85,6 +85,12 @@ class TorchEngine(PolicyEngine):
         self._optimizer.zero_grad(set_to_none=True)
         return result
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """See `LearnerEngine.hyperparameters`."""
+        group = self._optimizer.param_groups[0]
+        acting = {name: group[name] for name in ("lr", "betas", "weight_decay")}
+        return acting | {"max_grad_norm": self._config.max_grad_norm}
+
     @torch.no_grad()
     def _sum_over_ranks(self) -> None:
         if self.world == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 from stateset_ray.config import Config
@@ -137,6 +138,11 @@ def check_together(config: Config, sweep: SweepConfig, dimensions: list[Dimensio
         raise ConfigError(
             f"rollout.max_workers = {config.rollout.max_workers} would take the room of other trials",
             given=config.rollout.workers, mend="set it to 0 for a sweep (--set rollout.max_workers=0)",
+        )  # fmt: skip
+    if sweep.searcher == "optuna" and find_spec("optuna") is None:
+        raise ConfigError(
+            "sweep.searcher = 'optuna' needs Optuna, which is not installed", given=sweep.searcher,
+            mend="pip install 'stateset-ray[sweep]', or set searcher = 'random'",
         )  # fmt: skip
     if sweep.searcher != "random":
         if sweep.scheduler == "pbt":

@@ -1,0 +1,138 @@
+"""A sweep from its folder to its results.
+
+Who waits for whom: the driver for Tune, Tune for its trials; a trial that gets no room waits until another
+one ends. Whether one can ever get it is found out before the first begins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stateset_ray.actors.placement import check_room, cluster
+from stateset_ray.config import Config
+from stateset_ray.errors import ConfigError, RunError
+from stateset_ray.sweep.plan import Plan, trials_to_run
+from stateset_ray.sweep.results import Outcome, read_outcome, write_results
+from stateset_ray.sweep.space import Dice, Values, draw_valid, varied
+from stateset_ray.sweep.trial import VALUES, request
+from stateset_ray.sweep.tuning import OnEvent, build_tuner, restored_tuner
+from stateset_ray.types import derive_seed
+
+__all__ = ["Swept", "run_sweep"]
+
+_PROBES = 32  # draws that stand for what a searcher may ask for
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that was run.
+
+    Attributes:
+        folder: its folder; see `results`.
+        outcomes: of all trials, in the order in which they were begun.
+        best: the configuration of the best, which is in `best.toml`; None where no trial came to anything.
+        interrupted: some trials have not ended; `resume` goes on with them.
+    """
+
+    folder: Path
+    outcomes: list[Outcome]
+    best: Config | None
+    interrupted: bool
+
+
+def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swept:
+    """Try what a plan says, and write down what came of it.
+
+    Args:
+        name: of the sweep's folder in `run.dir`; by default the run's name and `-sweep`.
+        resume: go on with the sweep of this name: trials that ended stay, the others are continued.
+        on_event: called with each event ("sweep_opened", "trial_step", ...).
+
+    Raises:
+        ConfigError: this is not what the sweep began with.
+        ClusterError: a trial can never be placed.
+        RunError: there is no sweep to resume, its folder cannot be written, or every trial failed.
+    """
+    trials: Sequence[Values] = ()
+    notes: list[str] = []
+    if plan.sweep.searcher == "random":
+        trials, notes = trials_to_run(plan)
+    folder = _open_folder(plan, name or f"{plan.config.run.name}-sweep", resume=resume)
+    on_event({"event": "sweep_opened", "folder": str(folder), "notes": notes})
+    largest = _largest(plan, trials)
+    at_once = max(1, plan.sweep.max_concurrent)
+    with cluster(plan.config, at_least_cpus=math.ceil(at_once * sum(b.get("CPU", 0) for b in largest))):
+        check_room(plan.config, largest, "a trial of this sweep")
+        if resume:
+            tuner = restored_tuner(plan, folder, on_event)
+        else:
+            tuner = build_tuner(plan, trials, folder, on_event)
+        grid = tuner.fit()
+        outcomes = [_outcome(plan, folder, result) for result in grid]
+    best = write_results(folder, plan, outcomes)
+    interrupted = any(outcome.status == "unfinished" for outcome in outcomes)
+    if best is None and not interrupted:
+        raise RunError(
+            f"none of the {len(outcomes)} trials came to anything",
+            given=next((o.error for o in outcomes if o.error), f"no trial says {plan.metric}"),
+            mend=f"look at {folder / 'results.json'}; --resume tries those that failed again",
+        )
+    return Swept(folder, outcomes, best, interrupted)
+
+
+def _outcome(plan: Plan, folder: Path, result: Any) -> Outcome:
+    metrics = result.metrics or {}
+    values = dict((result.config or {}).get(VALUES, {}))
+    error = str(result.error) if result.error else ""
+    return read_outcome(Path(result.path), plan, values, done=bool(metrics.get("done")), error=error)
+
+
+def _largest(plan: Plan, trials: Sequence[Values]) -> list[dict[str, float]]:
+    """The bundles of the trial that asks for most."""
+    if not trials:
+        dice = (Dice(derive_seed(plan.sweep.seed, "probe", index)) for index in range(_PROBES))
+        trials = [draw_valid(plan.space, one)[0] for one in dice]
+    asked = [request(varied(plan.config, values), plan.sweep.trial_cpus) for values in trials]
+    return max(asked, key=lambda bundles: [sum(b.get(n, 0) for b in bundles) for n in ("GPU", "CPU")])
+
+
+def _open_folder(plan: Plan, name: str, *, resume: bool) -> Path:
+    """Make or find the folder of a sweep, and write what was asked for into it."""
+    folder = (plan.config.run.dir / name).absolute()
+    asked = {
+        "config.toml": plan.config.to_toml(),
+        "space.toml": plan.text,
+        "sweep.json": json.dumps(plan.sweep.model_dump(mode="json"), indent=2) + "\n",
+    }
+    if resume:
+        if not (folder / "tune").is_dir():
+            raise RunError(
+                "there is no sweep of this name to resume", given=str(folder),
+                mend="check --name and run.dir, or start without --resume",
+            )  # fmt: skip
+        for file, text in asked.items():
+            if (folder / file).read_text(encoding="utf-8") != text:
+                raise ConfigError(
+                    f"this is not what the sweep began with: {file} differs", given=str(folder / file),
+                    mend="resume with the same configuration, space and options, or start a new sweep",
+                )  # fmt: skip
+        return folder
+    number, first = 1, folder
+    while folder.exists() and any(folder.iterdir()):
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    try:
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        for file, text in asked.items():
+            (folder / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"the sweep's folder cannot be written: {error.strerror}", given=str(folder),
+            mend="set run.dir to a folder you may write to",
+        ) from error  # fmt: skip
+    return folder
