@@ -1,4 +1,4 @@
-"""Sweeps on a real cluster: what trials were given is what their learners work with, whatever happens to them."""
+"""Sweeps on a real cluster: what a trial was given is what its learner works with, whatever happens to it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ POPULATION = """
 
 
 def test_a_population_learns_with_what_was_perturbed(tmp_path: Path) -> None:
-    """Four trials in the room of two; the worst takes over from the best, and varies what it brought along."""
+    """Four trials in the room of two; the worst takes over from the best, and varies what it brought."""
     plan = planned(tmp_path, POPULATION, "train.steps=2", "grpo.kl_coef=0.01")
     swept = sweep(plan, name="pbt")
 
@@ -150,7 +150,7 @@ def test_what_can_never_be_placed_is_said_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_trial_is_the_run_that_its_configuration_trains(tmp_path: Path) -> None:
-    """Interrupted and restored by Tune, and uninterrupted by `train`: the same rewards and losses, bit for bit."""
+    """Restored by Tune in its middle, and trained in one go: the same rewards and losses, bit for bit."""
     from ray import tune
 
     from stateset_ray.sweep import trainable
@@ -184,6 +184,24 @@ def test_a_trial_is_the_run_that_its_configuration_trains(tmp_path: Path) -> Non
     told = [[(r["step"], r["reward_mean"], r["loss"], r["grad_norm"]) for r in rs] for rs in (swept, plain)]
     assert told[0] == told[1]
     assert len(told[0]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_command_of_the_documents(tmp_path: Path, monkeypatch: Any) -> None:
+    from typer.testing import CliRunner
+
+    from stateset_ray import cli
+
+    root = Path(__file__).parents[2]
+    [line] = [s for s in (root / "docs/sweeps.md").read_text().splitlines() if s.endswith("--name first")]
+    monkeypatch.chdir(root)
+    done = CliRunner().invoke(cli.app, [*line.split()[1:], "--set", f'run.dir="{tmp_path}"'])
+    assert done.exit_code == 0, done.output
+    assert "best configuration" in done.output
+    best = load_config(tmp_path / "first" / "best.toml")
+    assert best.run.name == "first-best"
+    assert best.train.steps == 20
 
 
 @pytest.mark.slow
