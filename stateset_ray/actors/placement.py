@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError
 
-__all__ = ["Placement", "bundles", "check_room", "cluster", "describe", "import_paths", "place"]
+__all__ = ["Placement", "bundles", "check_room", "cluster", "describe", "free_room", "import_paths", "place"]
 
 _log = logging.getLogger(__name__)
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job, beside RAY_ADDRESS
@@ -231,6 +231,13 @@ def check_room(config: Config, wanted: Sequence[Mapping[str, float]], what: str)
             _log.warning("waiting for nodes: %s", _lacking(wanted, strategy) or "others hold the room")
     finally:
         remove_placement_group(group)
+
+
+def free_room() -> str:
+    """What of the cluster nobody holds, in words."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    names = [name for name in ("CPU", "GPU") if have.get(name)]
+    return ", ".join(f"{name} {free.get(name, 0):g} of {have[name]:g}" for name in names)
 
 
 def _lacking(wanted: Sequence[Mapping[str, float]], strategy: str) -> str:

@@ -75,7 +75,8 @@ def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swep
         grid = tuner.fit()
         outcomes = [_outcome(plan, folder, result) for result in grid]
     best = write_results(folder, plan, outcomes)
-    interrupted = any(outcome.status == "unfinished" for outcome in outcomes)
+    planned = len(trials) or plan.sweep.samples
+    interrupted = len(outcomes) < planned or any(outcome.status == "unfinished" for outcome in outcomes)
     if best is None and not interrupted:
         raise RunError(
             f"none of the {len(outcomes)} trials came to anything",

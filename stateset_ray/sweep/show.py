@@ -45,6 +45,9 @@ class SweepProgress:
         for note in event["notes"]:
             self._say(f"  {note}")
 
+    def _on_sweep_waits(self, event: Mapping[str, Any]) -> None:
+        self._say((f"no trial got room for {event['seconds']} s; free: {event['free']}", "yellow"))
+
     def _on_trial_started(self, event: Mapping[str, Any]) -> None:
         self._say(self._trial(event), ", ".join(f"{k} = {_short(v)}" for k, v in event["values"].items()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,21 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
+from stateset_ray.actors.placement import free_room
 from stateset_ray.errors import CheckpointError
 from stateset_ray.sweep.handover import Pointer, hand_over
 from stateset_ray.sweep.plan import Plan
 from stateset_ray.sweep.space import Dice, Source, Values, draw_valid
 from stateset_ray.sweep.trial import VALUES, trial_class
 
-__all__ = ["OnEvent", "build_tuner", "restored_tuner"]
+__all__ = [
+    "OnEvent", "OptunaSearcher", "Population", "Watch", "build_tuner", "restored_tuner", "trainable_of",
+]  # fmt: skip
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
 _log = logging.getLogger(__name__)
+_IDLE = 30  # seconds without any trial after which that is said
 _TUNE = "tune"  # the folder that Tune keeps its books in
 _watching: dict[str, OnEvent] = {}  # by the sweep's folder: what watches cannot travel with Tune's state
 
@@ -216,12 +221,28 @@ class Watch(tune.Callback):
     def __init__(self, folder: str, metric: str) -> None:
         self._folder = folder
         self._metric = metric
+        self._idle_since = math.inf  # seconds of `time.monotonic`
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """The sweep begins, or goes on."""
+        self._idle_since = time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Say so where no trial gets room."""
+        now = time.monotonic()
+        if any(trial.status == "RUNNING" for trial in trials):
+            self._idle_since = now
+        elif now - self._idle_since > _IDLE and any(trial.status == "PENDING" for trial in trials):
+            self._idle_since = now
+            self._tell({"event": "sweep_waits", "seconds": _IDLE, "free": free_room()})
 
     def _emit(self, event: str, trials: Sequence[Any], trial: Any, **facts: Any) -> None:
         number = next((n for n, t in enumerate(trials) if t.trial_id == trial.trial_id), -1)
-        _watching.get(self._folder, lambda _: None)(
-            {"event": event, "trial": trial.trial_id, "number": number, "trials": len(trials), **facts}
-        )
+        about = {"trial": trial.trial_id, "number": number, "trials": len(trials)}
+        self._tell({"event": event, **about, **facts})
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        _watching.get(self._folder, lambda _: None)(event)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial got its room: it begins, or goes on."""

@@ -34,6 +34,13 @@ def test_the_commands_are_accepted(monkeypatch: Any, tmp_path: Path) -> None:
     assert "trials     4" in again.output
 
 
+def test_what_is_wrong_ends_with_2_before_anything_starts(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    for space, said in (("grppo", "give a TOML file"), ("grpo --set train.steps=2", "sweep.asha.grace = 2")):
+        done = CliRunner().invoke(cli.app, ["sweep", "examples/quickstart.toml", *space.split()])
+        assert (done.exit_code, said in done.output) == (2, True), done.output
+
+
 def test_the_space_is_read(tmp_path: Path) -> None:
     path = tmp_path / "space.toml"
     path.write_text(block("toml"))

@@ -163,6 +163,7 @@ def test_progress_says_a_line_per_event() -> None:
     show({"event": "trial_recovers", "failures": 1, **about})
     show({"event": "trial_ended", "step": 2, **about})
     show({"event": "trial_failed", "failures": 3, **about})
+    show({"event": "sweep_waits", "seconds": 30, "free": "CPU 0 of 8"})
     show({"event": "something new"})
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
         "sweep  runs/s",
@@ -172,6 +173,7 @@ def test_progress_says_a_line_per_event() -> None:
         "trial 1 (x)  failed, and goes on from its last checkpoint",
         "trial 1 (x)  ended after 2 steps, early",
         "trial 1 (x)  failed 3 times and is given up",
+        "no trial got room for 30 s; free: CPU 0 of 8",
     ]
 
 
