@@ -14,7 +14,8 @@ __all__ = ["Curve", "picture"]
 _AXIS, _HEIGHT, _LEFT, _TOP = 150, 200, 70, 58
 _CURVES = 200  # height of the lower panel
 _STYLE = (
-    "text{font:11px system-ui,sans-serif;fill:#333}.name{font-weight:600}"
+    "text{font:11px system-ui,sans-serif;fill:#333;paint-order:stroke;stroke:#fff;stroke-width:3px}"
+    ".name{font-weight:600}"
     ".title{font-weight:600;font-size:13px}"
     ".axis{stroke:#999}.grid{stroke:#e4e4e4}.trial{fill:none;stroke-width:1.3;opacity:.75}"
     ".best{fill:none;stroke:#c2410c;stroke-width:2.6}"
@@ -59,8 +60,6 @@ def picture(space: Space, trials: Sequence[Curve], metric: str, title: str) -> s
         f'<rect width="{width}" height="{below + _CURVES + 40}" fill="#fff"/>',
         f'<text x="14" y="22" class="title">{_escaped(title)}</text>',
     ]
-    for place, axis in enumerate([*axes, last]):
-        parts += axis.drawn(_LEFT + place * _AXIS)
     shown = sorted(trials, key=lambda t: (t.best, t.value if math.isfinite(t.value) else -math.inf))
     for trial in shown:
         heights = [axis.height(trial.values.get(axis.name)) for axis in axes]
@@ -68,6 +67,8 @@ def picture(space: Space, trials: Sequence[Curve], metric: str, title: str) -> s
             heights.append(last.height(trial.value))
         points = " ".join(f"{_LEFT + i * _AXIS},{_TOP + y:.1f}" for i, y in enumerate(heights))
         parts.append(f'<polyline {_look(trial, low, high)} points="{points}"/>')
+    for place, axis in enumerate([*axes, last]):
+        parts += axis.drawn(_LEFT + place * _AXIS)
     parts += _curves(shown, metric, low, high, below, width - _LEFT - 60)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -129,7 +130,7 @@ class _Axis:
             f'<text x="{x}" y="{_TOP - 7}" text-anchor="middle" class="name">{_escaped(name)}</text>',
         ]
         middle = math.sqrt(self._low * self._high) if self._log else (self._low + self._high) / 2
-        ticks = [(o, self._tick(i)) for i, o in enumerate(self._options)] or [
+        ticks = [(o.strip("'"), self._tick(i)) for i, o in enumerate(self._options)] or [
             (f"{value:.3g}", self.height(value)) for value in (self._low, middle, self._high)
         ]
         ticks += [(_OFF, float(_HEIGHT))] if self._off else []
