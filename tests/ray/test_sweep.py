@@ -51,12 +51,13 @@ POPULATION = """
     "learner.betas" = { choice = [[0.9, 0.95], [0.8, 0.9]] }
     "learner.weight_decay" = { uniform = [0.01, 0.1] }
     "grpo.clip_high" = { uniform = [0.2, 0.4] }
+    "grpo.kl_coef" = { uniform = [0.01, 0.1] }
     """
 
 
 def test_a_population_learns_with_what_was_perturbed(tmp_path: Path) -> None:
     """Four trials in the room of two; the worst takes over from the best, and varies what it brought."""
-    plan = planned(tmp_path, POPULATION, "train.steps=2", "grpo.kl_coef=0.01")
+    plan = planned(tmp_path, POPULATION, "train.steps=2")
     swept = sweep(plan, name="pbt")
 
     assert [outcome.status for outcome in swept.outcomes] == ["finished"] * 4
