@@ -57,6 +57,7 @@ SIDEWAYS = {
     ("storage", "checkpoint"): "what is fetched becomes a checkpoint like any other",
     ("storage", "manifest"): "the commit mark of an upload is the manifest",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
+    ("sweep", "report"): "what comes from elsewhere is made safe for a terminal in one place",
     ("train_async", "train"): "the same loop; only how a step is taken differs",
     ("submit", "job_client"): "what is checked and what is asked: two halves of one face",
     ("learner", "policies.weights"): "one codec: the learner writes what the engines read",

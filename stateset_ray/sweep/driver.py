@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from stateset_ray.sweep.plan import Plan, trials_to_run
 from stateset_ray.sweep.results import Outcome, read_outcome, write_results
 from stateset_ray.sweep.space import Dice, Values, draw_valid, varied
 from stateset_ray.sweep.trial import VALUES, request
-from stateset_ray.sweep.tuning import OnEvent, build_tuner, restored_tuner
+from stateset_ray.sweep.tuning import OnEvent, build_tuner, restored_tuner, told
 from stateset_ray.types import derive_seed
 
 __all__ = ["Swept", "run_sweep"]
@@ -72,7 +74,8 @@ def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swep
             tuner = restored_tuner(plan, folder, on_event)
         else:
             tuner = build_tuner(plan, trials, folder, on_event)
-        grid = tuner.fit()
+        with _quiet():
+            grid = tuner.fit()
         outcomes = [_outcome(plan, folder, result) for result in grid]
     best = write_results(folder, plan, outcomes)
     planned = len(trials) or plan.sweep.samples
@@ -86,11 +89,25 @@ def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swep
     return Swept(folder, outcomes, best, interrupted)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Tune's own tables and tracebacks are left out: whoever watches is told by events."""
+    wanted = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+    before = {name: os.environ.get(name) for name in wanted}
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+
+
 def _outcome(plan: Plan, folder: Path, result: Any) -> Outcome:
-    metrics = result.metrics or {}
     values = dict((result.config or {}).get(VALUES, {}))
-    error = str(result.error) if result.error else ""
-    return read_outcome(Path(result.path), plan, values, done=bool(metrics.get("done")), error=error)
+    error = told(result.error) if result.error else ""
+    return read_outcome(Path(result.path), plan, values, error)
 
 
 def _largest(plan: Plan, trials: Sequence[Values]) -> list[dict[str, float]]:

@@ -57,14 +57,13 @@ class Outcome:
 
 
 def read_outcome(
-    books: Path, plan: Plan, values: Values, *, done: bool, error: str = ""
+    books: Path, plan: Plan, values: Values, error: str = ""
 ) -> Outcome:  # fmt: skip
     """Read what Tune wrote down of a trial.
 
     Args:
         books: Tune's folder of the trial.
         values: what it set last.
-        done: whether it has ended.
         error: why it failed for good, if it did.
     """
     curve: dict[int, float] = {}
@@ -82,7 +81,7 @@ def read_outcome(
     status: Status = "unfinished"
     if error:
         status = "failed"
-    elif done:
+    elif last.get("done"):
         status = "finished" if steps >= plan.config.train.steps else "ended early"
     return Outcome(
         books.name, status, steps, curve.get(steps, math.nan), values, sorted(curve.items()), changes, error,

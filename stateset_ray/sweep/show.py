@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stateset_ray.report import clean
 from stateset_ray.sweep.plan import Plan
 from stateset_ray.sweep.results import Outcome, best_of
 
@@ -63,10 +64,14 @@ class SweepProgress:
         self._say(self._trial(event), f"ended after {event['step']} steps{early}")
 
     def _on_trial_recovers(self, event: Mapping[str, Any]) -> None:
-        self._say(self._trial(event), ("failed, and goes on from its last checkpoint", "yellow"))
+        self._say(
+            self._trial(event), ("failed, and goes on from its last checkpoint: ", "yellow"), _line(event)
+        )
 
     def _on_trial_failed(self, event: Mapping[str, Any]) -> None:
-        self._say(self._trial(event), (f"failed {event['failures']} times and is given up", "red"))
+        self._say(
+            self._trial(event), (f"failed {event['failures']} times and is given up: ", "red"), _line(event)
+        )
 
 
 def table(plan: Plan, outcomes: Sequence[Outcome]) -> Table:
@@ -87,6 +92,11 @@ def table(plan: Plan, outcomes: Sequence[Outcome]) -> Table:
         row = [str(number), *values, _short(outcome.value), str(outcome.steps), outcome.status]
         shown.add_row(*row, style=style)
     return shown
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    """The first line of an error, without what a terminal would obey."""
+    return clean(str(event["error"]).partition("\n")[0], 200)
 
 
 def _short(value: Any) -> str:

@@ -94,8 +94,9 @@ class Dimension:
     def nudge(self, value: Any, dice: Dice, factors: Sequence[float]) -> Any:
         """A value near another one: times one of the factors, within the range, or an option beside it."""
         if self.kind in ("choice", "grid"):
-            place = self.values.index(value) + dice.choice((-1, 1)) if value in self.values else 0
-            return self.values[min(max(place, 0), len(self.values) - 1)]
+            place = self.values.index(value) if value in self.values else 0
+            beside = [i for i in (place - 1, place + 1) if 0 <= i < len(self.values)]
+            return self.values[dice.choice(beside) if beside else place]
         factor = dice.choice(factors)
         moved = value * factor
         if self.kind == "randint":

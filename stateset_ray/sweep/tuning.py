@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from stateset_ray.actors.placement import free_room
+from stateset_ray.actors.remote import cause_of
 from stateset_ray.errors import CheckpointError
 from stateset_ray.sweep.handover import Pointer, hand_over
 from stateset_ray.sweep.plan import Plan
@@ -21,7 +23,8 @@ from stateset_ray.sweep.space import Dice, Source, Values, draw_valid
 from stateset_ray.sweep.trial import VALUES, trial_class
 
 __all__ = [
-    "OnEvent", "OptunaSearcher", "Population", "Watch", "build_tuner", "restored_tuner", "trainable_of",
+    "OnEvent", "OptunaSearcher", "Population", "Watch", "build_tuner", "restored_tuner", "told",
+    "trainable_of",
 ]  # fmt: skip
 
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -261,8 +264,15 @@ class Watch(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed and goes on from its last checkpoint."""
-        self._emit("trial_recovers", trials, trial, failures=trial.num_failures)
+        error = told(trial.get_pickled_error())
+        self._emit("trial_recovers", trials, trial, failures=trial.num_failures, error=error)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for good."""
-        self._emit("trial_failed", trials, trial, failures=trial.num_failures)
+        error = told(trial.get_pickled_error())
+        self._emit("trial_failed", trials, trial, failures=trial.num_failures, error=error)
+
+
+def told(error: BaseException | None) -> str:
+    """What a trial's failure was, in the words of whoever raised it."""
+    return str(cause_of(error) if isinstance(error, RayTaskError) else error)

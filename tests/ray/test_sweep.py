@@ -57,7 +57,7 @@ POPULATION = """
 
 def test_a_population_learns_with_what_was_perturbed(tmp_path: Path) -> None:
     """Four trials in the room of two; the worst takes over from the best, and varies what it brought."""
-    plan = planned(tmp_path, POPULATION, "train.steps=2")
+    plan = planned(tmp_path, POPULATION, ENGINE, "train.steps=2")
     swept = sweep(plan, name="pbt")
 
     assert [outcome.status for outcome in swept.outcomes] == ["finished"] * 4
@@ -108,14 +108,17 @@ def test_a_sweep_outlives_a_dead_rank_and_an_interruption(tmp_path: Path) -> Non
         if event["event"] == "trial_step" and len(events) < 4:  # the first step of the first trial
             for rank in learner_ranks():
                 rank.kill()
-        if event["event"] == "trial_step" and event["number"] == 1:
+        if event["event"] == "trial_ended":
             signal.raise_signal(signal.SIGINT)  # Ctrl-C
 
     first = sweep(plan, name="asha", on_event=on_event)
-    assert [e["number"] for e in events if e["event"] == "trial_recovers"] == [0]
+    [recovery] = [e for e in events if e["event"] == "trial_recovers"]
+    assert recovery["number"] == 0
+    assert "a learner rank failed during" in recovery["error"]
     assert first.outcomes[0].status == "finished"
     assert [step for step, _ in first.outcomes[0].curve] == [1, 2]
     assert first.interrupted
+    assert len(first.outcomes) == 1 or {o.status for o in first.outcomes[1:]} == {"unfinished"}
 
     events.clear()
     swept = sweep(plan, name="asha", resume=True, on_event=events.append)

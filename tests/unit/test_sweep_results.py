@@ -65,18 +65,22 @@ def test_what_was_taken_over_and_what_was_done_again_is_read_as_it_ended(tmp_pat
     (tmp_path / "result.json").write_text(
         "\n".join(
             json.dumps({"training_iteration": step, "reward_mean": value, "config": {"values": values},
-                        "in_force": values})
+                        "in_force": values, "done": step == 4})
             for step, value, values in lines
         )
         + '\n{"cut short'
     )  # fmt: skip
-    found = read_outcome(tmp_path, plan, new, done=True)
+    found = read_outcome(tmp_path, plan, new)
     assert found.curve[:3] == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert (found.status, found.steps, found.changes, found.in_force) == ("finished", 4, [(3, new)], new)
     assert math.isnan(found.value)
-    assert read_outcome(tmp_path, plan, new, done=False).status == "unfinished"
-    assert read_outcome(tmp_path, plan, new, done=True, error="boom").status == "failed"
-    assert read_outcome(tmp_path / "none", plan, new, done=True).status == "ended early"
+    assert read_outcome(tmp_path, plan, new).status == "finished"
+    assert read_outcome(tmp_path, plan, new, error="boom").status == "failed"
+    assert read_outcome(tmp_path / "none", plan, new).status == "unfinished"
+    (tmp_path / "result.json").write_text('{"training_iteration": 2, "reward_mean": 0.5, "done": true}')
+    assert read_outcome(tmp_path, plan, new).status == "ended early"
+    (tmp_path / "result.json").write_text('{"training_iteration": 2, "reward_mean": 0.5, "done": false}')
+    assert read_outcome(tmp_path, plan, new).status == "unfinished"
 
 
 def test_the_best_configuration_is_whole_and_trains(tmp_path: Path, plan: Plan) -> None:
@@ -160,9 +164,9 @@ def test_progress_says_a_line_per_event() -> None:
     show({"event": "sweep_opened", "folder": "runs/s", "notes": ["1 draw was refused"]})
     show({"event": "trial_started", "values": {"grpo.loss": "ppo"}, **about})
     show({"event": "trial_step", "step": 2, "value": 0.25, "metric": "reward_mean", **about})
-    show({"event": "trial_recovers", "failures": 1, **about})
+    show({"event": "trial_recovers", "failures": 1, "error": "a\x1b\nb", **about})
     show({"event": "trial_ended", "step": 2, **about})
-    show({"event": "trial_failed", "failures": 3, **about})
+    show({"event": "trial_failed", "failures": 3, "error": "boom", **about})
     show({"event": "sweep_waits", "seconds": 30, "free": "CPU 0 of 8"})
     show({"event": "something new"})
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
@@ -170,9 +174,9 @@ def test_progress_says_a_line_per_event() -> None:
         "  1 draw was refused",
         "trial 1 (x)  grpo.loss = ppo",
         "trial 1 (x)  step 2/4  reward_mean 0.25",
-        "trial 1 (x)  failed, and goes on from its last checkpoint",
+        "trial 1 (x)  failed, and goes on from its last checkpoint: a·",
         "trial 1 (x)  ended after 2 steps, early",
-        "trial 1 (x)  failed 3 times and is given up",
+        "trial 1 (x)  failed 3 times and is given up: boom",
         "no trial got room for 30 s; free: CPU 0 of 8",
     ]
 

@@ -268,6 +268,16 @@ def test_perturbed_values_stay_within_their_ends_and_valid(plan: Any) -> None:
     assert {v["grpo.loss"] for v in seen} == {"ppo", "cispo", "sapo"}
 
 
+def test_an_option_at_the_end_moves_inwards(plan: Any) -> None:
+    space = plan(
+        '[sweep]\nscheduler = "pbt"\n[space]\n"learner.betas" = { choice = [[0.9, 0.95], [0.8, 0.9]] }'
+    ).space
+    for seed in range(8):
+        assert space.perturb({"learner.betas": [0.8, 0.9]}, Dice(seed), 0.0, (0.5,)) == {
+            "learner.betas": [0.9, 0.95]
+        }
+
+
 def test_perturbation_without_a_valid_way_keeps_what_was(plan: Any) -> None:
     text = '[sweep]\nscheduler = "pbt"\n[space]\n"rollout.max_turn_tokens" = { randint = [50, 400] }'
     space = plan(text, "rollout.max_context=100").space
