@@ -26,7 +26,7 @@ FLOORS: dict[str, float] = {
     "types": 1, "config": 1, "sections": 1, "objective": 1, "settings": 1, "errors": 1, "deadline": 1,
     # 2: nouns
     "environments": 2, "rewards": 2, "grpo": 2, "metrics": 2, "checkpoint": 2, "manifest": 2, "models": 2,
-    "offline_models": 2, "packing": 2, "storage": 2,
+    "offline_models": 2, "packing": 2, "storage": 2, "dataset": 2,
     # The package itself exports light nouns; those nouns must not lean on it in turn.
     PACKAGE: 2.5,
     # 3: what drives a model
@@ -38,7 +38,8 @@ FLOORS: dict[str, float] = {
     # 6: verbs
     "train": 6, "train_async": 6, "evaluate": 6, "serve": 6,
     # 7: faces
-    "sweep": 7, "rllib": 7, "submit": 7, "job_client": 7, "chat": 7, "report": 7, "doctor": 7, "init": 7,
+    "sweep": 7, "rllib": 7, "submit": 7, "job_client": 7, "chat": 7, "batch": 7, "report": 7, "doctor": 7,
+    "init": 7,
     # 8: the command line
     "cli": 8,
 }  # fmt: skip
@@ -56,6 +57,7 @@ SIDEWAYS = {
     ("checkpoint", "manifest"): "one subject in two files: the order of things, and the bytes",
     ("storage", "checkpoint"): "what is fetched becomes a checkpoint like any other",
     ("storage", "manifest"): "the commit mark of an upload is the manifest",
+    ("dataset", "manifest"): "what must outlive a crash is written in one way",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
     ("sweep", "report"): "what comes from elsewhere is made safe for a terminal in one place",
     ("train_async", "train"): "the same loop; only how a step is taken differs",
@@ -74,6 +76,7 @@ LIBRARIES: dict[int | str, set[str]] = {
     7: {"numpy", "psutil", "rich", "ray"},
     8: {"rich", "typer"},
     "checkpoint": {"filelock"},
+    "dataset": {"filelock", "pyarrow"},
     "doctor": {"torch", "transformers", "deepspeed"},
     "grpo.divergence": {"torch"},
     "grpo.loss": {"torch"},

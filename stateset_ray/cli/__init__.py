@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 from stateset_ray.cli.base import app
+from stateset_ray.cli.batch import batch
 from stateset_ray.cli.learning import evaluate, train
 from stateset_ray.cli.serving import serve
 from stateset_ray.cli.submit import jobs
@@ -16,7 +17,9 @@ from stateset_ray.cli.sweep import sweep
 from stateset_ray.cli.talking import chat
 from stateset_ray.cli.workshop import doctor, init, version
 
-__all__ = ["app", "chat", "doctor", "evaluate", "init", "jobs", "main", "serve", "sweep", "train", "version"]
+__all__ = [
+    "app", "batch", "chat", "doctor", "evaluate", "init", "jobs", "main", "serve", "sweep", "train", "version",
+]  # fmt: skip
 
 
 def main() -> None:

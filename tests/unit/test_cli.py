@@ -37,7 +37,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     code = (
         "import sys, time\n"
         "from stateset_ray.cli import app\n"
-        "for args in (['--help'], ['train', '--help'], ['chat', '--help'], ['version']):\n"
+        "for args in (['--help'], ['train', '--help'], ['batch', '--help'], ['version']):\n"
         "    app(args, standalone_mode=False)\n"
         "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'numpy.linalg.lapack'} & set(sys.modules)\n"
         "print(time.process_time(), sorted(heavy))\n"
@@ -54,7 +54,7 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
 
 def test_the_commands() -> None:
     shown = run.invoke(cli.app, ["--help"]).output
-    for command in ("train", "evaluate", "chat", "init", "doctor", "version"):
+    for command in ("train", "evaluate", "batch", "chat", "init", "doctor", "version"):
         assert f" {command} " in shown
     assert run.invoke(cli.app, ["version"]).output == f"{__version__}\n"
 
@@ -187,3 +187,15 @@ def test_a_person_plays(tmp_path: Path) -> None:
     assert "user: Say: " in done.output
     assert "reward -" in done.output
     assert done.output.rstrip().endswith("left: no reward")
+
+
+def test_a_batch_is_refused_before_anything_loads(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    done = run.invoke(cli.app, ["batch", "tiny.toml", "in.jsonl", "out", "--score", "--play"])
+    assert (done.exit_code, "exclude each other" in done.stderr) == (2, True)
+    done = run.invoke(cli.app, ["batch", "tiny.toml", "in.jsonl", "out"])
+    assert (done.exit_code, "there is no such data set" in done.stderr) == (2, True)
+    (tmp_path / "in.jsonl").write_text('{"id": 1}\n')
+    done = run.invoke(cli.app, ["batch", "tiny.toml", "in.jsonl", "out"])
+    assert (done.exit_code, "not one of the 1 rows can be used" in done.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
