@@ -44,7 +44,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.sides import Side, config_of
 from benchmarks.trajectories import Shape
-from stateset_ray.actors.memory import learner_memory
+from stateset_ray.actors.learner_memory import learner_memory
 from stateset_ray.metrics import versions
 
 __all__ = ["compared", "measure", "table"]

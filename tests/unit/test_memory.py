@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from stateset_ray.actors.memory import RankMemory, _activations, _Shape, expected_memory, learner_memory
+from stateset_ray.actors.learner_memory import ModelShape, RankMemory, _activations, learner_memory
+from stateset_ray.actors.memory import expected_memory
 from stateset_ray.config import Config, load_config
 from stateset_ray.learner.batch import pack
 from stateset_ray.learner.policy_model import PolicyModel
@@ -80,7 +81,7 @@ def test_activations_are_what_autograd_keeps(overrides: tuple[str, ...]) -> None
     shared = settings.learner.share_prefix
     samples = 4
     tokens = 48 + samples * 16 if shared else samples * 64
-    counted = _activations(settings, _Shape(settings), tokens)
+    counted = _activations(settings, ModelShape(settings), tokens)
     assert counted == pytest.approx(kept_by_autograd(settings, samples), rel=0.01)
 
 
@@ -88,7 +89,7 @@ def test_checkpointing_keeps_the_input_of_each_block_and_one_block() -> None:
     whole, settings = config("learner.share_prefix=false"), config(
         "learner.share_prefix=false", "learner.gradient_checkpointing=true"
     )  # fmt: skip
-    model = _Shape(whole)
+    model = ModelShape(whole)
     block = _activations(whole, model, 128) // model.layers
     assert _activations(settings, model, 128) == block + model.layers * 128 * model.hidden * 4
 
@@ -97,7 +98,7 @@ def test_adapters_are_counted_as_they_are_built() -> None:
     for targets in ("[]", '["q_proj", "down_proj"]'):
         settings = config("learner.lora.rank=4", f"learner.lora.targets={targets}")
         policy = PolicyModel(load_model("tiny", CPU), settings.learner)
-        assert _Shape(settings).trained == sum(p.numel() for p in policy.trained())
+        assert ModelShape(settings).trained == sum(p.numel() for p in policy.trained())
 
 
 def parts(*overrides: str) -> Any:
@@ -149,7 +150,7 @@ def test_what_adapters_add_passes_and_leaves_holes() -> None:
         return float((found["holes"] - rest) / (model.layers * 128 * width * 4))
 
     plain = config("learner.lora.rank=4", "learner.share_prefix=false")
-    model, policy = _Shape(plain), PolicyModel(load_model("tiny", CPU), plain.learner)
+    model, policy = ModelShape(plain), PolicyModel(load_model("tiny", CPU), plain.learner)
     width = sum(
         m.out_features for n, m in policy.backbone.layers[0].named_modules() if n.endswith("base_layer")
     )
@@ -199,6 +200,28 @@ def test_the_rows_name_every_part_and_the_peak() -> None:
     assert text.startswith("learner rank")
     assert all(name in text for name, count in memory.learner.parts.items() if count)
     assert RankMemory({"a": 1, "b": 2}).total == 3
+
+
+def test_what_publishing_takes_depends_on_the_way() -> None:
+    engines = ("rollout.engines=2", "rollout.concurrency=1", "train.max_staleness=1")
+    store, folder, broadcast = (
+        expected_memory(config(*engines, f"publish.transport={way}"))
+        for way in ("object_store", "folder", "collective")
+    )
+    weights = PARAMETERS * 4
+    assert [m.learner.parts["published"] // weights for m in (store, folder, broadcast)] == [3, 0, 1]
+    # In the store once; or at rank 0, and at each of the two engines where it arrives.
+    assert store.total - folder.total == 3 * weights
+    assert broadcast.total - folder.total == (1 + 2) * weights
+    assert "rank 0, and as much at each engine" in "\n".join(broadcast.rows())
+    assert "2 on disk" in "\n".join(folder.rows())
+
+
+def test_vllm_is_said_to_take_more_than_is_counted() -> None:
+    ours, theirs = expected_memory(config()), expected_memory(config("rollout.engine_kind=vllm"))
+    assert not any("vLLM" in row for row in ours.rows())
+    assert any("vLLM" in row and "not counted" in row for row in theirs.rows())
+    assert theirs.total - ours.total > PARAMETERS * 4  # a process of its own, and the weights on their way
 
 
 @pytest.mark.slow
