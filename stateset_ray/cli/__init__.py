@@ -18,7 +18,8 @@ from stateset_ray.cli.talking import chat
 from stateset_ray.cli.workshop import doctor, init, version
 
 __all__ = [
-    "app", "batch", "chat", "doctor", "evaluate", "init", "jobs", "main", "serve", "sweep", "train", "version",
+    "app", "batch", "chat", "doctor", "evaluate", "init", "jobs", "main", "serve", "sweep", "train",
+    "version",
 ]  # fmt: skip
 
 
