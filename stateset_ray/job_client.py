@@ -233,7 +233,7 @@ class JobClient:
                             seen = position
             except (
                 Exception
-            ) as error:  # aiohttp's and Ray's own: whether the job is lost, the next look tells
+            ) as error:  # aiohttp's and Ray's own; whether the job goes on, the next look tells
                 _logger.debug("the connection to %s was lost: %s", self.address, error)
             finally:
                 if coming is not None:

@@ -33,6 +33,10 @@ class _Submit(TyperGroup):
 jobs = typer.Typer(cls=_Submit, no_args_is_help=True)
 app.add_typer(jobs, name="submit", help="Train on a cluster, as a Ray job: submit CONFIG.")
 
+_SAID = {
+    "PENDING": "waits", "RUNNING": "runs", "SUCCEEDED": "has succeeded", "FAILED": "has failed",
+    "STOPPED": "was stopped",
+}  # fmt: skip
 _Address = Annotated[
     str, typer.Option(help="The dashboard, http://HOST:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS.")
 ]
@@ -167,8 +171,8 @@ def _until_it_ends(client: JobClient, job_id: str, *, printing: bool, where: str
     """Stay with a job, and end as it does."""
 
     def tell(job: Job) -> None:
-        waits = f": {job.message}" if job.status == "PENDING" and job.message else ""
-        typer.echo(f"{job.id} is {job.status.lower()}{waits}", err=True)
+        why = f": {job.message}" if job.status == "PENDING" and job.message else ""
+        typer.echo(f"{job.id} {_SAID.get(job.status, job.status)}{why}", err=True)
 
     def write(text: str) -> None:
         typer.echo(text, nl=False)

@@ -252,7 +252,7 @@ def test_a_killed_job_goes_on_from_the_mirror_exactly(
     assert "submitted killed-2, attempt 2" in done.stdout
     assert "resumed after step 2" in done.stdout
     assert "step 3/4" in done.stdout and "step 2/4" not in done.stdout
-    assert "killed-2 is succeeded" in done.stderr
+    assert "killed-2 has succeeded" in done.stderr
 
     broken = runs / "killed"
     records = [JsonLines(folder / "metrics.jsonl").read() for folder in (broken, whole)]
@@ -368,4 +368,4 @@ def test_a_job_whose_run_fails_fails_as_it_did(cluster: Cluster, project: Path, 
     done = cluster.run(*command, *settings, at=project)
     assert done.returncode == 1
     assert "no such model folder" in done.stdout
-    assert "failing is failed" in done.stderr
+    assert "failing has failed" in done.stderr
