@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import pickle
 import time
@@ -143,38 +144,41 @@ def _reports(
     """How the rows of each piece ended, in the order in which pieces are finished."""
     data = _ray_data()
     _await_room(config, room)
-    context = data.DataContext.get_current().copy()
+    whole = data.from_items(
+        [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
+    ).map_batches(
+        BatchWorker,
+        fn_constructor_args=(config, mode, count, import_paths()),
+        batch_size=1,
+        compute=data.ActorPoolStrategy(size=min(count, len(pieces)), max_tasks_in_flight_per_actor=1),
+        num_cpus=room["num_cpus"],
+        num_gpus=room["num_gpus"] or None,
+    )
     # Rows answer for themselves; what a worker raises is for all of them.
-    context.raise_original_map_exception = True
-    context.enable_progress_bars = context.print_on_execution_start = False
+    whole.context.raise_original_map_exception = True
+    whole.context.enable_progress_bars = whole.context.print_on_execution_start = False
+    limit = whole.context.execution_no_progress_timeout_s = _patience(config, mode, pieces)
+    try:
+        # Nothing is fetched ahead: a piece is told of when it is finished.
+        for told in whole.iter_batches(batch_size=None, prefetch_batches=0):
+            yield from map(json.loads, told["report"])
+    except RayTaskError as error:
+        raise cause_of(error) from None
+    except RayActorError as error:
+        raise ClusterError(f"a worker of the batch cannot be kept alive: {error}") from error
+    except data.exceptions.ExecutionTimeoutError as error:
+        raise WaitTimeout(
+            f"the controller waited {limit:.0f} s for any of its workers to finish a piece",
+            mend="look at the workers' logs; is there still room for them?",
+        ) from error
+
+
+def _patience(config: Config, mode: Mode, pieces: Sequence[Piece]) -> float:
+    """Seconds in which some worker must be there and have finished a piece."""
     limits = config.rollout
-    rows = max(len(piece.places) for piece in pieces)
     longest = limits.turn_timeout if mode == "generate" else limits.conversation_timeout
-    rounds = 1 + math.ceil(rows / limits.slots)
-    context.execution_no_progress_timeout_s = config.cluster.wait_seconds + rounds * longest
-    with data.DataContext.current(context):
-        whole = data.from_items(
-            [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
-        ).map_batches(
-            BatchWorker,
-            fn_constructor_args=(config, mode, count, import_paths()),
-            batch_size=1,
-            compute=data.ActorPoolStrategy(size=min(count, len(pieces)), max_tasks_in_flight_per_actor=1),
-            num_cpus=room["num_cpus"],
-            num_gpus=room["num_gpus"] or None,
-        )
-        try:
-            for row in whole.iter_rows():
-                yield json.loads(row["report"])
-        except RayTaskError as error:
-            raise cause_of(error) from None
-        except RayActorError as error:
-            raise ClusterError(f"a worker of the batch cannot be kept alive: {error}") from error
-        except data.exceptions.ExecutionTimeoutError as error:
-            raise WaitTimeout(
-                f"the controller waited {context.execution_no_progress_timeout_s:.0f} s for a piece of "
-                f"{rows} rows", mend="look at the workers' logs; is there still room for them?",
-            ) from error  # fmt: skip
+    rounds = 1 + math.ceil(max(len(piece.places) for piece in pieces) / limits.slots)
+    return config.cluster.wait_seconds + rounds * longest
 
 
 def _ray_data() -> Any:
@@ -185,6 +189,7 @@ def _ray_data() -> Any:
         raise ConfigError(
             f"a batch needs Ray Data: {error}", mend="pip install 'stateset-ray[batch]'"
         ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # as `cluster` does for Ray itself
     return ray.data
 
 

@@ -46,8 +46,8 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_batch_that_was_interrupted_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
-    config = small(tmp_path, "rollout.concurrency=2", "rollout.workers=2", "evaluate.temperature=1")
-    rows: list[Any] = asking(*(f"Say: {word}" for word in ("cab", "bac", "abc") * 7))
+    config = small(tmp_path, "rollout.concurrency=1", "rollout.workers=2", "evaluate.temperature=1")
+    rows: list[Any] = asking(*(f"Say: {word}" for word in ("cab", "bac", "abc") * 20))
     rows[3], rows[9] = "{broken", {"id": "long", "messages": [{"role": "user", "content": "x" * 100}]}
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out"
 
@@ -59,25 +59,25 @@ def test_a_batch_that_was_interrupted_goes_on_and_does_nothing_twice(tmp_path: P
     kept = {path: path.read_bytes() for path in out.glob("part-*")}
     assert kept
     before = sum(text.count(b"\n") for text in kept.values())
-    assert 0 < before < 21
+    assert 0 < before < 60
     told: list[tuple[int, int]] = []
     result = batch(config, source, out, "generate", on_progress=lambda *t: told.append(t))
-    assert (result["rows"], result["done"], result["before"]) == (21, 19, before)
+    assert (result["rows"], result["done"], result["before"]) == (60, 58, before)
     assert result["errors"] == {"invalid": 1, "too_long": 1}
-    assert told[-1] == (21, 21)
+    assert told[-1] == (60, 60)
     assert all(path.read_bytes() == text for path, text in kept.items())
     done = {row["id"]: row for row in finished(out)}
-    assert len(finished(out)) == 21
-    assert done.keys() == {"row-4", "long", *(f"r{i}" for i in range(21) if i not in (3, 9))}
+    assert len(finished(out)) == 60
+    assert done.keys() == {"row-4", "long", *(f"r{i}" for i in range(60) if i not in (3, 9))}
     assert done["r0"]["finish_reason"] in ("stop", "length")
     # Each row has a seed of its own, and no other worker or piece would have given it another reply.
     again = Replier(config, 1).answer(
-        [Row(f"r{i}", (Message("user", rows[i]["messages"][0]["content"]),)) for i in (20, 0)]
+        [Row(f"r{i}", (Message("user", rows[i]["messages"][0]["content"]),)) for i in (59, 0)]
     )
-    assert again == [done["r20"], done["r0"]]
+    assert again == [done["r59"], done["r0"]]
     assert done["r0"]["logprob"] != done["r18"]["logprob"]  # the same words under another id
     # Nothing is left to do: no worker is started for it.
-    assert batch(config, source, out, "generate")["before"] == 21
+    assert batch(config, source, out, "generate")["before"] == 60
     with pytest.raises(ConfigError, match=r"temperature was 1\.0 and is 0\.0"):
         batch(config.with_overrides(["evaluate.temperature=0"]), source, out, "generate")
 
