@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import pickle
 import time
 from collections import Counter
@@ -25,8 +26,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from stateset_ray.actors.batch.worker import BatchWorker, Piece
 from stateset_ray.actors.placement import cluster, import_paths
@@ -46,6 +47,7 @@ __all__ = ["OnProgress", "batch"]
 OnProgress = Callable[[int, int], None]
 """Told how many rows are finished, and how many there are."""
 
+_OWN_CLUSTER = 5.0  # seconds in which a cluster that cannot grow gives room, if it has it
 _ROUNDS = 4  # conversations that a piece has for each slot of a worker: its last ones leave slots idle
 _FIRST_ERRORS = 3
 
@@ -88,7 +90,7 @@ def batch(
             first = out.next_number()
             planned = cut(data, pending, size)
             pieces = [Piece(rows, out.shard(first + i)) for i, rows in enumerate(planned)]
-            room = _room(config, count)
+            room = _room(config)
             with (
                 cluster(config, at_least_cpus=count * room["num_cpus"]),
                 # Closed at once, however it ends: Ray Data ends its actors when nobody holds the iterator.
@@ -130,7 +132,7 @@ def _weights(name: str) -> str:
     return name
 
 
-def _room(config: Config, count: int) -> dict[str, float]:
+def _room(config: Config) -> dict[str, float]:
     """What is asked of Ray for one worker: what is asked for whoever holds an engine."""
     room = config.cluster
     if config.rollout.engines:
@@ -194,23 +196,26 @@ def _ray_data() -> Any:
 
 
 def _await_room(config: Config, room: Mapping[str, float]) -> None:
-    """Wait until a node could hold one worker, for Ray Data would wait for ever.
+    """Wait until there is room for one worker, for Ray Data would wait for ever; a cluster may grow for it.
 
     Raises:
-        ClusterError: none did in `cluster.wait_seconds`.
+        ClusterError: there was none in `cluster.wait_seconds`.
     """
-    wanted = {"CPU": room["num_cpus"], "GPU": room["num_gpus"]}
-    deadline = time.monotonic() + config.cluster.wait_seconds
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
-            return
-        if time.monotonic() > deadline or not config.cluster.address:
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    wanted = {names[key]: amount for key, amount in room.items() if amount}
+    if not wanted:
+        return
+    may_grow = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    limit = config.cluster.wait_seconds if may_grow else min(_OWN_CLUSTER, config.cluster.wait_seconds)
+    group = placement_group([wanted])
+    try:
+        if not group.wait(timeout_seconds=limit):
             raise ClusterError(
-                "no node can hold a worker of the batch", given=wanted,
-                mend="add nodes, or ask for less in [cluster]",
+                f"there was no room for a worker of the batch in {limit:.0f} s", given=wanted,
+                mend="add nodes, ask for less in [cluster], or raise cluster.wait_seconds",
             )  # fmt: skip
-        time.sleep(1)
+    finally:
+        remove_placement_group(group)
 
 
 def _summary(out: Output, data: DataSet, mode: Mode, before: int) -> dict[str, Any]:

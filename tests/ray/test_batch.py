@@ -174,7 +174,7 @@ def test_what_a_dead_actor_had_is_done_elsewhere(tmp_path: Path) -> None:
 
 def test_what_cannot_be_placed_or_loaded_is_said(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", asking("hello"))
-    with pytest.raises(ClusterError, match="no node can hold a worker of the batch"):
+    with pytest.raises(ClusterError, match="there was no room for a worker of the batch"):
         batch(small(tmp_path, "cluster.worker_cpus=99"), source, tmp_path / "out", "generate")
     config = small(tmp_path, "model.device=cuda")
     with pytest.raises(ConfigError, match="asks for a GPU"):
