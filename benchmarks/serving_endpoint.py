@@ -129,6 +129,23 @@ class Endpoint:
                 continue
         return found
 
+    def cpu_seconds(self) -> dict[str, float]:
+        """That were used so far: by the replicas, by Serve's proxy, by this process (the clients)."""
+        used = {"Policy": 0.0, "Ingress": 0.0, "proxy": 0.0, "clients": 0.0}
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            try:
+                name, times = " ".join(process.cmdline()), process.cpu_times()
+            except psutil.Error:
+                continue
+            for kind, start in (
+                ("Policy", f"{_REPLICA}Policy"), ("Ingress", f"{_REPLICA}Ingress"), ("proxy", "ray::ProxyActor"),
+            ):  # fmt: skip
+                if name.startswith(start):
+                    used[kind] += times.user + times.system
+            if process.pid == os.getpid():
+                used["clients"] += times.user + times.system
+        return used
+
     def kill_ingress(self) -> None:
         """SIGKILL to one ingress replica; returns when there are as many again."""
         before = self.processes("Ingress")

@@ -116,7 +116,9 @@ def overload(endpoint: Endpoint) -> dict[str, Any]:
         found = asyncio.run(crowd(endpoint, clients, lambda: time.sleep(10), tokens=60, stream=False))
         good = [t for t in found if t.told == "answered"]
         peak = max(peak, len(good) / (max(t.ended for t in found) - min(t.begun for t in found)))
+    used = endpoint.cpu_seconds()
     storm = asyncio.run(_arrivals(endpoint, 10 * peak, _SECONDS))
+    used = {kind: round(seconds - used[kind], 1) for kind, seconds in endpoint.cpu_seconds().items()}
     good = [t for t in storm if t.told == "answered"]
     goodput = len([t for t in good if t.ended <= min(t.begun for t in storm) + _SECONDS]) / _SECONDS
     after = asyncio.run(_arrivals(endpoint, peak / 4, 5.0))
@@ -127,6 +129,8 @@ def overload(endpoint: Endpoint) -> dict[str, Any]:
         "goodput_of_peak": round(goodput / peak, 3),
         "told": dict(Counter(t.told for t in storm)),
         "refused_without_retry_after": sum(t.told.startswith("429") and t.retry_after is None for t in storm),
+        "storm_seconds": round(max(t.ended for t in storm) - min(t.begun for t in storm), 1),
+        "cpu_seconds": used,
         "admitted_ms": percentiles([t.ended - t.begun for t in good]),
         "refused_ms": percentiles([t.ended - t.begun for t in storm if t.told.startswith("429")]),
         "afterwards": summary(after),
