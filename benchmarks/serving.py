@@ -88,14 +88,22 @@ def main() -> None:
             dashboard="deploy" in options.faults,
         ) as made,
     ):
-        result["faults"] = {fault: _measured(made, fault, options.times) for fault in options.faults}
-        result["load"] = {name: LOADS[name](made) for name in options.load}
+        for fault in options.faults:
+            result.setdefault("faults", {})[fault] = _measured(made, fault, options.times)
+            _write(options.output, result)
+        for name in options.load:
+            result.setdefault("load", {})[name] = LOADS[name](made)
+            _write(options.output, result)
         if options.soak:
             result["soak"] = soak(made, options.soak)
-    text = json.dumps({key: value for key, value in result.items() if value != {}}, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
+            _write(options.output, result)
+    print(json.dumps(result, indent=1))
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    """What is known so far: the rest may take long."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _options() -> argparse.Namespace:

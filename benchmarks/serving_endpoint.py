@@ -38,6 +38,7 @@ __all__ = ["PATIENCE", "Endpoint", "endpoint"]
 
 PATIENCE = 120.0  # seconds that anything may take
 _REPLICA = "ray::ServeReplica:policy:"
+_KINDS = {"Policy": f"{_REPLICA}Policy", "Ingress": f"{_REPLICA}Ingress", "proxy": "ray::ProxyActor"}
 
 
 class Endpoint:
@@ -131,19 +132,15 @@ class Endpoint:
 
     def cpu_seconds(self) -> dict[str, float]:
         """That were used so far: by the replicas, by Serve's proxy, by this process (the clients)."""
-        used = {"Policy": 0.0, "Ingress": 0.0, "proxy": 0.0, "clients": 0.0}
+        used = dict.fromkeys(_KINDS, 0.0) | {"clients": 0.0}
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
             try:
                 name, times = " ".join(process.cmdline()), process.cpu_times()
             except psutil.Error:
                 continue
-            for kind, start in (
-                ("Policy", f"{_REPLICA}Policy"), ("Ingress", f"{_REPLICA}Ingress"), ("proxy", "ray::ProxyActor"),
-            ):  # fmt: skip
-                if name.startswith(start):
-                    used[kind] += times.user + times.system
-            if process.pid == os.getpid():
-                used["clients"] += times.user + times.system
+            kinds = [kind for kind, start in _KINDS.items() if name.startswith(start)]
+            for kind in ["clients"] if process.pid == os.getpid() else kinds:
+                used[kind] += times.user + times.system
         return used
 
     def kill_ingress(self) -> None:
