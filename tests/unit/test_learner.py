@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Played:
     return _play(tmp_path_factory.mktemp("two"), 2)
 
 
+@cache
 def _reference(loss: str = "policy", kl: float = 0.0) -> tuple[Weights, list[dict[str, float]]]:
     """Row by row with transformers' own attention, torch's AdamW and clipping: no code of the library's."""
     from transformers import AutoModelForCausalLM
