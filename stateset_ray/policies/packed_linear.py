@@ -11,6 +11,7 @@ model; they have no public name, which is why `usable` tries them before anythin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -50,14 +51,23 @@ class PackedLinear(torch.nn.Module):
 
     Args:
         linear: whose weight is packed and whose bias is kept.
+        name: of that weight in the model's state.
     """
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, name: str = "") -> None:
         super().__init__()
+        self.name = name
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         # Not a buffer: a packed tensor cannot be saved, moved or compared like a plain one.
         self._packed: torch.Tensor | None = _pack(linear.weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        # PyTorch cannot copy a packed tensor. It is replaced and never changed, so that copies may share it.
+        memo[id(self._packed)] = self._packed
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def pack(self, weight: torch.Tensor) -> None:
         """Take another weight, [out_features, in_features]."""
@@ -83,7 +93,7 @@ class InferenceWeights:
 
     On a CPU in float32 the model's linear layers are replaced by packed ones; elsewhere it stays as it is.
     The model is changed in place and belongs to whoever made this; its names and shapes are those that it
-    had before.
+    had before, also where an earlier one of these has packed it already.
 
     Args:
         model: any module.
@@ -95,11 +105,14 @@ class InferenceWeights:
         self.shapes = {name: tensor.shape for name, tensor in plain.items()}
         """Name -> shape of everything that `load` takes."""
         self._packed: dict[str, list[PackedLinear]] = {}
+        for before in [m for m in model.modules() if isinstance(m, PackedLinear)]:
+            self._packed.setdefault(before.name, []).append(before)
+            self.shapes[before.name] = torch.Size((before.out_features, before.in_features))
         if hardware.device == "cpu" and hardware.dtype == torch.float32 and usable():
             names = {tensor.data_ptr(): name for name, tensor in plain.items()}
             for place, linear in [(p, m) for p, m in model.named_modules() if type(m) is torch.nn.Linear]:
-                packed = PackedLinear(linear)
-                self._packed.setdefault(names[linear.weight.data_ptr()], []).append(packed)
+                packed = PackedLinear(linear, names[linear.weight.data_ptr()])
+                self._packed.setdefault(packed.name, []).append(packed)
                 parent, _, child = place.rpartition(".")
                 setattr(model.get_submodule(parent), child, packed)
         # What no linear layer holds any more is not in the state; a tied embedding still is.

@@ -64,6 +64,28 @@ def test_a_tied_output_layer_follows_the_embedding(tiny, hardware):
     assert not torch.allclose(_logits(tiny, [5, 6, 7]), _logits(other, [5, 6, 7]), atol=1e-2)
 
 
+@needs_operators
+def test_a_packed_model_can_be_copied_and_each_copy_has_weights_of_its_own(tiny, hardware):
+    model = copy.deepcopy(tiny)
+    InferenceWeights(model, hardware)
+    twin = copy.deepcopy(model)
+    new = {name: tensor * 1.5 for name, tensor in state_tensors(tiny).items()}
+    InferenceWeights(twin, hardware).load(new)
+    other = copy.deepcopy(tiny)
+    other.load_state_dict(new, strict=False)
+    torch.testing.assert_close(_logits(model, [5, 6, 7]), _logits(tiny, [5, 6, 7]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_logits(twin, [5, 6, 7]), _logits(other, [5, 6, 7]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(_logits(model, [5, 6, 7]), _logits(twin, [5, 6, 7]), atol=1e-2)
+
+
+@needs_operators
+def test_a_model_that_was_packed_before_takes_the_same_weights(tiny, hardware):
+    model = copy.deepcopy(tiny)
+    first, second = InferenceWeights(model, hardware), InferenceWeights(model, hardware)
+    assert second.shapes == first.shapes
+    assert second.mismatch(state_tensors(tiny)) == []
+
+
 def test_what_does_not_belong_is_named(tiny, hardware):
     weights = InferenceWeights(copy.deepcopy(tiny), hardware)
     tensors = dict(state_tensors(tiny))

@@ -47,7 +47,8 @@ def with_engine(renderer, tiny, hardware, steps, *, turn_tokens=16):
             return await super().reply(request)
 
     async def main():
-        engine = Spy(tiny, renderer.stop_ids, slots=1, max_context=600, hardware=hardware)
+        model = copy.deepcopy(tiny)  # an engine takes its model over
+        engine = Spy(model, renderer.stop_ids, slots=1, max_context=600, hardware=hardware)
         limits = RolloutConfig(
             max_context=600, max_turn_tokens=turn_tokens, max_turns=9, on_cut_reply="close"
         )
