@@ -26,7 +26,8 @@ import ray
 from benchmarks import machine
 from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.flight import Collected
-from stateset_ray.actors.learner_group import LearnerGroup, LearnerRank
+from stateset_ray.actors.learner_group import LearnerGroup
+from stateset_ray.actors.learner_rank import LearnerRank
 from stateset_ray.actors.placement import Placement, cluster, place
 from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
 from stateset_ray.actors.run import Run

@@ -117,7 +117,7 @@ class RolloutConfig(Section):
     conversation_timeout: float = Field(default=900.0, gt=0)
     """Seconds for one conversation."""
     heartbeat_timeout: float = Field(default=120.0, gt=0)
-    """Seconds after which a worker that holds conversations and does not answer is restarted."""
+    """Seconds after which an engine, or a worker with conversations, is restarted if it does not answer."""
     retries: int = Field(default=2, ge=0)
     """How often a group is dispatched again after its worker died or its policy failed."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from stateset_ray.actors.flight import Collected, GroupHandle
 from stateset_ray.actors.jobs import Counts, GroupReport
-from stateset_ray.actors.learner_group import SampleRef, UpdateBatch
+from stateset_ray.actors.learner_rank import SampleRef, UpdateBatch
 from stateset_ray.config import Config
 from stateset_ray.errors import RunError
 from stateset_ray.grpo.advantages import Rewards, shuffled, step_advantages

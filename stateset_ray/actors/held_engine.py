@@ -12,13 +12,7 @@ import ray
 
 from stateset_ray.actors.publishing.transports import receiver
 from stateset_ray.config import Config
-from stateset_ray.models import (
-    Hardware,
-    choose_hardware,
-    generation_stop_ids,
-    load_model,
-    load_tokenizer,
-)
+from stateset_ray.models import choose_hardware, generation_stop_ids, load_model, load_tokenizer
 from stateset_ray.policies.base import Engine, Policy, Reply, ReplyRequest
 from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
@@ -53,8 +47,10 @@ def renderer_of(config: Config) -> Renderer:
     return Renderer(load_tokenizer(name), generation_stop_ids(name))
 
 
-def _new_engine(config: Config, hardware: Hardware, renderer: Renderer) -> Engine:
+def _new_engine(config: Config, peers: int, renderer: Renderer) -> Engine:
     name, limits = config.model.name, config.rollout
+    hardware = choose_hardware(config.model, len(ray.get_gpu_ids()), peers)
+    hardware.apply()
     if limits.engine_kind == "vllm":
         return VllmEngine(
             name, renderer.stop_ids, slots=limits.slots, max_context=limits.max_context, hardware=hardware
@@ -72,15 +68,14 @@ class HeldEngine:
         config: of the run.
         peers: engines that share this machine's cores.
         renderer: whose stop tokens end a reply.
+        engine: to hold instead of one that is built for the model.
 
     Raises:
         StatesetError: the model or the hardware is not as configured.
     """
 
-    def __init__(self, config: Config, peers: int, renderer: Renderer) -> None:
-        hardware = choose_hardware(config.model, len(ray.get_gpu_ids()), peers)
-        hardware.apply()
-        self._engine = _new_engine(config, hardware, renderer)
+    def __init__(self, config: Config, peers: int, renderer: Renderer, engine: Engine | None = None) -> None:
+        self._engine = engine or _new_engine(config, peers, renderer)
         self._engine.version = _NO_WEIGHTS
         self._lineage = 0
         self._fetched = False

@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from stateset_ray.errors import ClusterError, StatesetError, WaitTimeout
 
-__all__ = ["await_ready", "cause_of", "died_with_its_node", "get"]
+__all__ = ["await_ready", "cause_of", "died_with_its_node", "get", "there"]
 
 _TRACE_LINES = 12  # of a remote traceback that a person may need
 
@@ -84,3 +84,8 @@ def cause_of(error: RayTaskError) -> Exception:
         given="\n".join(["", *trace[-_TRACE_LINES:]]),
         mend="if this is not of your own code, please report it",
     )
+
+
+def there(answer: Any) -> bool:
+    """Whether an answer has come; it may be an error."""
+    return bool(ray.wait([answer], timeout=0)[0])

@@ -19,13 +19,12 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from stateset_ray.actors.flight import Collected, Flight, GroupHandle
-from stateset_ray.actors.inference_pool import inference_engines
+from stateset_ray.actors.inference_pool import InferencePool, inference_engines
 from stateset_ray.actors.jobs import GroupJob, GroupReport
-from stateset_ray.actors.placement import Placement, import_paths
+from stateset_ray.actors.placement import Placement
 from stateset_ray.actors.publishing.base import PublishedWeights
-from stateset_ray.actors.remote import await_ready, cause_of, get
-from stateset_ray.actors.rollout_worker import RolloutWorker
-from stateset_ray.actors.roster import Roster, Stream, Worker
+from stateset_ray.actors.remote import cause_of, get
+from stateset_ray.actors.roster import Roster, Stream, Worker, rollout_workers
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, WaitTimeout
 from stateset_ray.types import StopReason
@@ -33,7 +32,6 @@ from stateset_ray.types import StopReason
 __all__ = ["RolloutPool", "rollout_pool"]
 
 _POLL = 1.0  # seconds between looks at deadlines and at the caller's wish to stop
-_CALLS = 64  # of a worker at the same time, besides one for each conversation
 
 
 class RolloutPool:
@@ -42,12 +40,12 @@ class RolloutPool:
     Args:
         config: of the run.
         roster: the workers.
-        engines: actors that answer them; without any, each worker has an engine of its own.
+        engines: those that answer them; without any, each worker has an engine of its own.
     """
 
-    def __init__(self, config: Config, roster: Roster, engines: Sequence[Any] = ()) -> None:
+    def __init__(self, config: Config, roster: Roster, engines: InferencePool | None = None) -> None:
         self._config = config
-        self._engines = engines
+        self._engines = engines or InferencePool(config)
         self._roster = roster
         self._flights: dict[str, Flight] = {}
         """Of every group that has not ended."""
@@ -57,7 +55,6 @@ class RolloutPool:
         self._deaths = 0
         self._quiet_since = time.monotonic()
         self.weights: PublishedWeights | None = None
-        self._announced: list[Any] = []
 
     @property
     def capacity(self) -> int:
@@ -73,24 +70,17 @@ class RolloutPool:
     @property
     def engine_pids(self) -> list[int]:
         """Process ids of the engines that sit apart from the workers; waits for those that Ray restarts."""
-        # Asked again after a restart: a question has no effects.
-        asked = [engine.ready.options(max_task_retries=-1).remote() for engine in self._engines]
-        return [facts["pid"] for facts in self._ask(asked)]
+        return self._engines.pids
 
     @property
     def receivers(self) -> list[Any]:
         """The actors that fetch weights: the engines apart, or the workers with an engine of their own."""
-        return list(self._engines) or [w.actor for w in self._roster.live]
+        return self._engines.actors or [w.actor for w in self._roster.live]
 
     def announce(self) -> None:
-        """Let all receivers of the published weights fetch them now; does not wait for them.
-
-        One that fails, or is not there, will fetch them when it is asked for a reply.
-        """
+        """Let all engines apart fetch the published weights now; see `InferencePool.announce`."""
         assert self.weights is not None
-        self._announced = [
-            actor.hold.remote(self.weights.version, self.weights.told) for actor in self._engines
-        ]
+        self._engines.announce(self.weights)
 
     def stats(self) -> list[dict[str, float]]:
         """What every live worker's engine has done, or its router: `EngineStats`, `Router.stats`."""
@@ -176,6 +166,7 @@ class RolloutPool:
             else:
                 came |= self._roster.answered(worker, item)
         self._roster.beat()
+        self._engines.beat()
         if came:
             self._quiet_since = time.monotonic()
             self._tend()
@@ -337,34 +328,11 @@ def rollout_pool(config: Config, placement: Placement) -> Iterator[RolloutPool]:
     """Create engines and workers, wait until they can work, and end them afterwards.
 
     Raises:
-        StatesetError: a worker could not be built (its model, its template); the cause is passed on.
+        StatesetError: one of them could not be built (its model, its template); the cause is passed on.
         WaitTimeout: not ready within `cluster.wait_seconds`.
     """
-    with inference_engines(config, placement) as engines, _workers(config, placement, engines) as pool:
-        yield pool
-
-
-@contextmanager
-def _workers(config: Config, placement: Placement, engines: Sequence[Any]) -> Iterator[RolloutPool]:
-    cls = ray.remote(max_restarts=-1, max_task_retries=0)(RolloutWorker)
-    paths = import_paths()
-    limits = config.rollout
-    most = max(limits.workers, limits.max_workers)
-
-    def make(index: int) -> Any:
-        options = placement.worker(index)
-        # An async actor runs as many calls at once as it has pings and plays outstanding.
-        train = config.train
-        plays = train.tasks_per_step * (1 + train.max_staleness) + train.oversample
-        calls = _CALLS + max(limits.concurrency, plays)
-        return cls.options(**options, max_concurrency=calls).remote(config, index, most, paths, engines)
-
-    workers = [Worker(i, make(i)) for i in range(limits.workers)]
-    roster = None
-    try:
-        await_ready([w.actor for w in workers], "rollout workers", config.cluster.wait_seconds)
-        roster = Roster(config, workers, make, most - limits.workers)
-        yield RolloutPool(config, roster, engines)
-    finally:
-        for worker in roster.workers if roster else workers:
-            ray.kill(worker.actor)
+    with (
+        inference_engines(config, placement) as engines,
+        rollout_workers(config, placement, engines) as roster,
+    ):
+        yield RolloutPool(config, roster, InferencePool(config, engines))

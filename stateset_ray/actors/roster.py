@@ -13,23 +13,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from stateset_ray.actors.heartbeat import Heartbeat
 from stateset_ray.actors.jobs import GroupJob
-from stateset_ray.actors.remote import cause_of
+from stateset_ray.actors.placement import Placement, import_paths
+from stateset_ray.actors.remote import await_ready, cause_of, there
+from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, WaitTimeout
 
-__all__ = ["Roster", "Stream", "Worker"]
+__all__ = ["Roster", "Stream", "Worker", "calls_at_once", "rollout_workers"]
 
 _log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds between looks at workers that are to come back
-_BEATS = 4  # heartbeats within `rollout.heartbeat_timeout`
+_CALLS = 64  # of a worker at the same time, besides one for each conversation
 
 
 @dataclass(eq=False)
@@ -49,8 +53,7 @@ class Worker:
         streams: its calls that have not ended.
         ping: set while the worker is not known to be alive.
         since: when it was lost, by the monotonic clock.
-        beat: a heartbeat that it has not answered.
-        beaten: when it was last asked for one.
+        heartbeat: asked for while it holds groups.
         alone: whether it plays a suspect, or is kept free for one.
     """
 
@@ -60,8 +63,7 @@ class Worker:
     streams: dict[Any, Stream] = field(default_factory=dict)
     ping: Any = None
     since: float = 0.0
-    beat: Any = None
-    beaten: float = 0.0
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     alone: bool = False
 
     @property
@@ -72,7 +74,7 @@ class Worker:
     def clear(self) -> list[GroupJob]:
         """Forget what it plays; the groups that it had still to play."""
         jobs = [job for stream in self.streams.values() for job in stream.jobs.values()]
-        self.streams, self.beat, self.alone = {}, None, False
+        self.streams, self.heartbeat, self.alone = {}, Heartbeat(), False
         return jobs
 
 
@@ -106,8 +108,7 @@ class Roster:
     def waits(self) -> dict[Any, Worker]:
         """References that something new will come with, and whose it is."""
         waits = {stream: worker for worker in self.workers for stream in worker.streams}
-        waits |= {worker.ping: worker for worker in self.workers if worker.ping is not None}
-        return waits | {worker.beat: worker for worker in self.workers if worker.beat is not None}
+        return waits | {worker.ping: worker for worker in self.workers if worker.ping is not None}
 
     def answered(self, worker: Worker, item: Any) -> bool:
         """Take an answer that is not a stream's; whether it made a worker available.
@@ -115,9 +116,6 @@ class Roster:
         Raises:
             StatesetError: a worker that the run needs cannot be built any more.
         """
-        if item == worker.beat:
-            worker.beat = None  # that it died is told by its streams
-            return False
         return item == worker.ping and self._pinged(worker)
 
     def dismiss(self, worker: Worker, cause: Exception) -> list[GroupJob]:
@@ -146,22 +144,18 @@ class Roster:
         for worker in self.workers:
             if worker.ping is not None:
                 late = not worker.guest and now - worker.since > self._wait_seconds
-                if late and not _there(worker.ping):
+                if late and not there(worker.ping):
                     raise ClusterError(
                         f"rollout worker {worker.index} did not come back within {self._wait_seconds:.0f} s",
                         mend="look at its log: is there room for it, and memory for its model?",
                     )
-            elif worker.beat is None:
-                if worker.load and now - worker.beaten > limit / _BEATS:
-                    worker.beat, worker.beaten = worker.actor.ready.remote(), now
-            elif now - worker.beaten > limit and not _there(worker.beat):
+            elif worker.load and worker.heartbeat.missed(worker.actor, limit):
                 _log.warning(
                     "rollout worker %d has not answered for %.0f s (rollout.heartbeat_timeout) and is "
                     "restarted; it was playing %s", worker.index, limit,
                     sorted(job for stream in worker.streams.values() for job in stream.jobs),
                 )  # fmt: skip
-                ray.kill(worker.actor, no_restart=False)
-                worker.beat, worker.beaten = None, now  # its streams will tell of its death
+                ray.kill(worker.actor, no_restart=False)  # its streams will tell of its death
 
     def await_any(self) -> None:
         """Wait until a worker can be given groups.
@@ -198,10 +192,45 @@ class Roster:
             self._ping(worker)
             return False
         worker.ping = None
-        worker.beaten = time.monotonic()
         return True
 
 
-def _there(answer: Any) -> bool:
-    """Whether an answer has come; the controller may have been busy with something else since."""
-    return bool(ray.wait([answer], timeout=0)[0])
+@contextmanager
+def rollout_workers(config: Config, placement: Placement, engines: Sequence[Any]) -> Iterator[Roster]:
+    """Create `rollout.workers` actors, wait until they can play, and end them and all guests afterwards.
+
+    Args:
+        engines: actors that answer them; without any, each worker has an engine of its own.
+
+    Raises:
+        StatesetError: a worker could not be built (its model, its template); the cause is passed on.
+        WaitTimeout: not ready within `cluster.wait_seconds`.
+    """
+    cls = ray.remote(max_restarts=-1, max_task_retries=0)(RolloutWorker)
+    paths = import_paths()
+    most = max(config.rollout.workers, config.rollout.max_workers)
+    calls = calls_at_once(config)
+
+    def make(index: int) -> Any:
+        options = placement.worker(index)
+        return cls.options(**options, max_concurrency=calls).remote(config, index, most, paths, engines)
+
+    workers = [Worker(i, make(i)) for i in range(config.rollout.workers)]
+    roster = None
+    try:
+        await_ready([w.actor for w in workers], "rollout workers", config.cluster.wait_seconds)
+        roster = Roster(config, workers, make, most - config.rollout.workers)
+        yield roster
+    finally:
+        for worker in roster.workers if roster else workers:
+            ray.kill(worker.actor)
+
+
+def calls_at_once(config: Config) -> int:
+    """Calls that a worker must be able to take at the same time.
+
+    An async actor runs so many at once; behind plays that fill all of them no heartbeat would be answered.
+    """
+    train = config.train
+    plays = train.tasks_per_step * (1 + train.max_staleness) + train.oversample
+    return _CALLS + max(config.rollout.concurrency, plays)

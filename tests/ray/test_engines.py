@@ -37,9 +37,10 @@ def test_a_run_with_engines_apart_is_the_run_without(tmp_path: Path) -> None:
 def test_a_killed_engine_costs_no_conversation_and_comes_back_with_the_weights_of_now(
     tmp_path: Path, transport: str
 ) -> None:
+    """Nor does one that is stopped: it misses its heartbeat, and is killed."""
     config = small(
         tmp_path, "rollout.engines=2", "train.steps=3", 'environment.path="playground:Playground"',
-        "rollout.turn_timeout=120", f"publish.transport={transport}",
+        "rollout.turn_timeout=120", "rollout.heartbeat_timeout=5", f"publish.transport={transport}",
         "publish.timeout=10",
     )  # fmt: skip
     fifo = tmp_path / "fifo"
@@ -61,11 +62,14 @@ def test_a_killed_engine_costs_no_conversation_and_comes_back_with_the_weights_o
         Playground.plan = {}
         _after(run, collected, batch)
         revived = run.pool.engine_pids  # waits for it
-        os.kill(revived[1], signal.SIGKILL)  # so that the one that came back answers
+        os.kill(revived[1], signal.SIGSTOP)  # so that the one that came back answers all
         train_step(run, 2)
+        assert gone([revived[1]])
         assert run.version == 3
         last = JsonLines(config.run.folder / "metrics.jsonl").read()[-1]
         assert abs(last["kl_mismatch"]) < 1e-4
+        assert last["trajectories"]["dispatched"] == 8
+        assert last["trajectories"]["aborted"] == last["trajectories"]["dropped"] == {}
         [facts] = run.pool.stats()
         assert facts["moved"] >= 1
         after = run.pool.engine_pids  # waits for it

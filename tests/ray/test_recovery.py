@@ -14,7 +14,8 @@ from playground import gone, on_fifo, small
 
 from stateset_ray import checkpoint
 from stateset_ray.actors.jobs import SampleSize
-from stateset_ray.actors.learner_group import SampleRef, UpdateBatch, learner_group
+from stateset_ray.actors.learner_group import learner_group
+from stateset_ray.actors.learner_rank import SampleRef, UpdateBatch
 from stateset_ray.actors.placement import place
 from stateset_ray.actors.run import open_run
 from stateset_ray.config import Config

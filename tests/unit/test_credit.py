@@ -17,7 +17,7 @@ from stateset_ray.actors.credit import (
 )
 from stateset_ray.actors.flight import Collected, GroupHandle
 from stateset_ray.actors.jobs import Counts, GroupJob, GroupReport, SampleSize, report_on
-from stateset_ray.actors.learner_group import UpdateBatch
+from stateset_ray.actors.learner_rank import UpdateBatch
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import RunError
 from stateset_ray.types import Message, StopReason, Task, Trajectory, TrajectoryGroup, Turn

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from stateset_ray.errors import TemplateError
 from stateset_ray.models import load_tokenizer
-from stateset_ray.policies.renderer import Renderer
+from stateset_ray.policies.renderer import Renderer, characters
 from stateset_ray.policies.template import encoder, writer
 from stateset_ray.types import Message, ToolCall
 
@@ -113,3 +113,19 @@ def test_messages_with_tool_calls_are_rendered_though_their_arguments_do_not_has
     call = ToolCall("lookup", {"order": "7"})
     said = [Message("user", "hi"), Message("assistant", "CALL", (call,)), Message("tool", "shipped")]
     assert renderer.opening(said) == renderer._render(said, prompt=True)
+
+
+@given(st.lists(plain_text | st.sampled_from(["<|im_start|>", "assistant"]), min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_no_prompt_says_more_characters_than_its_tokens_can_hold(renderer, texts):
+    said = [Message("user", text) for text in texts]
+    assert characters(said) <= len(renderer.opening(said)) * renderer.longest_token
+
+
+def test_what_is_very_long_is_not_remembered():
+    """A thousand prompts of a megabyte would fill a machine."""
+    renderer, said = Renderer(load_tokenizer("tiny")), [Message("user", "x" * 20_000)]
+    before = renderer._opening.cache_info().currsize, renderer._suffix.cache_info().currsize
+    assert len(renderer.opening(said)) > 20_000
+    assert len(renderer.suffix(said)) > 20_000
+    assert (renderer._opening.cache_info().currsize, renderer._suffix.cache_info().currsize) == before

@@ -10,7 +10,7 @@ from stateset_ray import checkpoint
 from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.flight import Collected
 from stateset_ray.actors.jobs import Counts
-from stateset_ray.actors.learner_group import UpdateBatch
+from stateset_ray.actors.learner_rank import UpdateBatch
 from stateset_ray.actors.run import Run
 from stateset_ray.config import load_config
 from stateset_ray.environments.echo import Echo

@@ -514,6 +514,21 @@ def test_what_no_replica_can_answer(held):
     asyncio.run(play())
 
 
+def test_what_cannot_fit_is_refused_before_it_is_made_into_tokens(held, monkeypatch):
+    """A body of a megabyte would hold up every answer of the replica while it is rendered."""
+    longest = held.max_context * held.renderer.longest_token
+    rendered = []
+    monkeypatch.setattr(held.renderer, "opening", lambda messages: rendered.append(1) or (5,) * 999)
+
+    async def play():
+        for length in (longest + 1, longest):
+            [[refused]] = [part async for part in held.answer(ask(messages=(Message("user", "x" * length),)))]
+            assert (refused.status, refused.code) == (400, "context_length_exceeded")
+
+    asyncio.run(play())
+    assert rendered == [1]  # of the one that might have fitted, by its characters
+
+
 def test_control_tokens_in_messages_stay_words(held):
     """S12: nobody ends a turn, or speaks as someone else, by writing a token."""
     renderer, tokenizer = held.renderer, held.tokenizer

@@ -1,0 +1,65 @@
+"""A rollout worker without Ray and without a model: its engines are elsewhere, or the expert plays."""
+
+import asyncio
+import gc
+
+import pytest
+
+from stateset_ray.actors.flight import Flight
+from stateset_ray.actors.jobs import GroupJob, GroupReport
+from stateset_ray.actors.rollout_pool import RolloutPool
+from stateset_ray.actors.rollout_worker import RolloutWorker
+from stateset_ray.actors.roster import Roster, Worker, calls_at_once
+from stateset_ray.config import load_config
+from stateset_ray.environments.echo import Echo
+
+
+def test_a_worker_that_was_restarted_while_nobody_looked_plays_all_the_same() -> None:
+    """Nobody asks it whether it is ready: the first that it hears is a group to play."""
+
+    async def main() -> list[GroupReport]:
+        elsewhere = [object()]
+        worker = RolloutWorker(load_config(None, ["model.name=tiny"]), 0, 1, [], elsewhere)
+        job = GroupJob("r/0/t", Echo().task("train", 0), 0, 2, 1.0, expert=True)
+        played = worker.play(0, {"handle": None, "lineage": 0}, [job])
+        return [item async for item in played if isinstance(item, GroupReport)]
+
+    try:
+        [report] = asyncio.run(main())
+    finally:
+        gc.unfreeze()
+    assert report.rewards == (1.0, 1.0)
+
+
+class Actor:
+    """Takes every call and never answers."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.play = self.options = self
+        self.ready = self
+
+    def remote(self, *_: object) -> object:
+        self.running += 1
+        return object()
+
+    def __call__(self, **_: object) -> "Actor":
+        return self
+
+
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_a_worker_that_plays_all_that_may_be_under_way_can_still_answer_a_heartbeat(concurrency: int) -> None:
+    config = load_config(
+        None,
+        [
+            "train.tasks_per_step=100", "train.max_staleness=2", "train.oversample=9",
+            f"rollout.concurrency={concurrency}", "grpo.group_size=2",
+        ],
+    )  # fmt: skip
+    actor = Actor()
+    pool = RolloutPool(config, Roster(config, [Worker(0, actor)], lambda _: actor))
+    for index in range(3 * 100 + 9):  # as the tasks of steps ahead are admitted: one by one
+        name = f"r/0/{index}"
+        pool.dispatch(Flight(), [GroupJob(name, Echo().task("train", index), 0, 2, 1.0)])
+    assert actor.running == 309
+    assert actor.running < calls_at_once(config)
