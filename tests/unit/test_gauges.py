@@ -9,7 +9,7 @@ import pytest
 
 from stateset_ray.actors.gauges import METRICS, Gauges, exported
 from stateset_ray.actors.inference_engine import InferenceEngine
-from stateset_ray.actors.learner_group import LearnerRank
+from stateset_ray.actors.learner_rank import LearnerRank
 from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.config import load_config
 
