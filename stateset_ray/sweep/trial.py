@@ -24,6 +24,7 @@ from stateset_ray.actors.run import Run, open_run
 from stateset_ray.config import Config
 from stateset_ray.errors import RunError
 from stateset_ray.learner.learner import learning_rate
+from stateset_ray.metrics import JsonLines
 from stateset_ray.settings import leaves
 from stateset_ray.sweep.checks import HELDOUT
 from stateset_ray.sweep.handover import Pointer, take_up
@@ -128,9 +129,12 @@ class RunTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Take one step of the run, and say what `metrics.jsonl` says of it."""
         run = self._run or self._open(None)
-        advance(run, train_async_step if self._settings.train.max_staleness else train_step)
-        if self._in_force is None:
-            self._in_force = self._check_in_force(run)
+        if run.step < self._settings.train.steps:
+            advance(run, train_async_step if self._settings.train.max_staleness else train_step)
+            if self._in_force is None:
+                self._in_force = self._check_in_force(run)
+        else:  # it had taken its last step when Tune lost sight of it
+            self._record = JsonLines(run.folder / "metrics.jsonl").read()[-1]
         done = run.step >= self._settings.train.steps
         if done:
             run.evaluate("after")
@@ -139,9 +143,11 @@ class RunTrial(tune.Trainable):
             **_numbers(self._record),
             **_heldout(run.results),
             "training_iteration": run.step,
-            "in_force": self._in_force,
+            "in_force": self._in_force or {},
             "done": done,
         }
+        if self.metric and self.metric not in result and not self._learned():
+            result[self.metric] = math.nan  # a step in which all rewards were equal says little
         if self.metric and self.metric not in result:
             near = difflib.get_close_matches(self.metric, result, n=3)
             raise RunError(
