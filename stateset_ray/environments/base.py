@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from stateset_ray.environments.tools import Toolbox
 from stateset_ray.errors import ConfigError, StatesetError
 from stateset_ray.types import Message, Split, Step, Task, derive_seed
 
@@ -83,6 +84,20 @@ class Environment(ABC):
             f"{type(self).__name__} has no scripted expert, so there is nothing to warm-start from",
             mend="set train.warm_start.steps=0, or write the environment's expert() method",
         )
+
+    def toolbox(self, task: Task) -> Toolbox:
+        """The tools for a policy that is served (`stateset-ray serve RUN --agent`).
+
+        Args:
+            task: whose world they work on, where the world is made up; else it may be ignored.
+
+        Raises:
+            ConfigError: this environment has no tools.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} offers no tools, so its policy cannot be served as one that acts",
+            given=task.id, mend="serve it without --agent, or write the environment's toolbox() method",
+        )  # fmt: skip
 
 
 async def call(method: Any, *args: Any) -> Any:

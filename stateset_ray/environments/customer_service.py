@@ -30,8 +30,8 @@ from typing import Any
 from stateset_ray.environments.base import Environment
 from stateset_ray.environments.cases import COMPLAINTS, INTENTS, Case, draw_case, word_answer, word_question
 from stateset_ray.environments.dialogue import Memory, SimulatedUser, stated
-from stateset_ray.environments.shop import ACTIONS, DAYS, TOOLS, Shop, draw_order, find_addresses
-from stateset_ray.environments.tools import ToolSyntaxError, check_call, describe, format_call, parse_calls
+from stateset_ray.environments.shop import ACTIONS, DAYS, Shop, ShopTools, draw_order, find_addresses, plain
+from stateset_ray.environments.tools import ToolSyntaxError, format_call
 from stateset_ray.errors import ConfigError
 from stateset_ray.types import Message, Split, Step, Task, ToolCall, derive_seed
 
@@ -125,13 +125,7 @@ class CustomerService(Environment):
 
     async def reset(self, task: Task, seed: int) -> Step:
         """Open the shop and let the customer speak; `seed` chooses its words from then on."""
-        world = random.Random(task.seed)
-        intent = task.data.get("intent") or world.choice(self._intents)
-        if intent not in INTENTS:
-            raise ConfigError("the task has no known intent", given=intent, mend=f"use {', '.join(INTENTS)}")
-        self._case = draw_case(world, intent, self._difficulty, self._intents)
-        orders = [*(draw_order(world) for _ in range(3)), self._case.other, self._case.order]
-        self._shop = Shop(orders, strict=self._difficulty == 1)
+        self._case, self._tools = self._world(task)
         self._seed = derive_seed("customer", task.seed, seed)
         self._user = SimulatedUser(
             self._case.facts,
@@ -145,29 +139,25 @@ class CustomerService(Environment):
         self._parts = {"asked": 0.0, "called": 0.0, "told": 0.0, "penalty": 0.0}
         self._solved = False
         self._turns = 0
-        text = _TASK_TEXT if self._difficulty == 1 else _RULES_TEXT
-        return Step(
-            (Message("system", f"{text}\n{describe(TOOLS)}"), Message("user", self._case.opening)),
-            info=self._info("opened"),
-        )
+        opening = (Message("system", self._tools.system), Message("user", self._case.opening))
+        return Step(opening, info=self._info("opened"))
 
     async def step(self, message: Message) -> Step:
         """Judge one reply; malformed calls are answered with a correction, not with the end."""
         self._turns += 1
-        text = message.content.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").strip()
+        text = plain(message.content)
         fault = self._memory.fault(text)
         if fault:
             return self._fail(fault)
         try:
-            calls = parse_calls(text)
-            if not calls:
-                return self._hear(text)
-            if len(calls) > 1:
-                raise ToolSyntaxError("more than one call", mend="make one call a reply")
-            check_call(calls[0], TOOLS)
+            call = self._tools.read(text)
         except ToolSyntaxError as error:
             return self._fail("malformed", Message("tool", error.correction))
-        return self._carry_out(calls[0])
+        return self._hear(text) if call is None else self._carry_out(call)
+
+    def toolbox(self, task: Task) -> ShopTools:
+        """The tools over the orders of a task, which no conversation of training sees change."""
+        return self._world(task)[1]
 
     def expert(self) -> str:
         """Ask for what is missing, make the next needed call, or tell the outcome."""
@@ -179,6 +169,16 @@ class CustomerService(Environment):
         (name, *_), _ = self._needed[0]
         address = {"address": self._case.address} if name == "change_address" else {}
         return format_call(ToolCall(name, {"order": self._case.order.number, **address}))
+
+    def _world(self, task: Task) -> tuple[Case, ShopTools]:
+        world = random.Random(task.seed)
+        intent = task.data.get("intent") or world.choice(self._intents)
+        if intent not in INTENTS:
+            raise ConfigError("the task has no known intent", given=intent, mend=f"use {', '.join(INTENTS)}")
+        case = draw_case(world, intent, self._difficulty, self._intents)
+        orders = [*(draw_order(world) for _ in range(3)), case.other, case.order]
+        shop = Shop(orders, strict=self._difficulty == 1)
+        return case, ShopTools(shop, _TASK_TEXT if self._difficulty == 1 else _RULES_TEXT)
 
     def _hear(self, text: str) -> Step:
         claims = _claims(text)
@@ -199,8 +199,7 @@ class CustomerService(Environment):
     def _carry_out(self, call: ToolCall) -> Step:
         """One well-formed call: what the tool does, and what that is worth."""
         case, tool = self._case, call.name
-        call = ToolCall(tool, {**call.arguments, "order": re.sub(r"^\W+|\W+$", "", call.arguments["order"])})
-        result, changed = self._shop.call(call)
+        result, changed = self._tools.shop.call(call)
         reply = Message("tool", result)
         right = call.arguments["order"] == case.order.number
         stage = next((i for i, (names, _) in enumerate(self._needed) if tool in names), None)

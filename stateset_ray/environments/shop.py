@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from stateset_ray.environments.tools import Tool
+from stateset_ray.environments.tools import Tool, Toolbox, describe
 from stateset_ray.types import ToolCall
 
 __all__ = [
@@ -16,11 +16,13 @@ __all__ = [
     "TOOLS",
     "Order",
     "Shop",
+    "ShopTools",
     "Status",
     "draw_address",
     "draw_order",
     "find_addresses",
     "objection",
+    "plain",
 ]
 
 ACTIONS = ("refund", "cancel", "change_address")
@@ -119,6 +121,38 @@ class Shop:
             changed, text = replace(order, undone="refunded"), f"refunded, ${order.price} back"
         self.orders[order.number] = changed
         return f"order {order.number} {text}", True
+
+
+class ShopTools(Toolbox):
+    """The tools of a shop for one who serves its customers.
+
+    Args:
+        shop: what they look up and change.
+        task: what the policy is told to do, without the tools, which are added to it.
+    """
+
+    def __init__(self, shop: Shop, task: str) -> None:
+        self.shop = shop
+        self.system = f"{task}\n{describe(TOOLS)}"
+        self.tools = TOOLS
+
+    def read(self, text: str) -> ToolCall | None:
+        """See `Toolbox.read`; what stands around an order's number is left out."""
+        call = super().read(plain(text))
+        if call is None:
+            return None
+        return ToolCall(
+            call.name, {**call.arguments, "order": re.sub(r"^\W+|\W+$", "", call.arguments["order"])}
+        )
+
+    def call(self, call: ToolCall, caller: str) -> str:
+        """See `Toolbox.call`; everyone may see and change every order of a shop that is made up."""
+        return self.shop.call(call)[0]
+
+
+def plain(text: str) -> str:
+    """A reply as the shop reads it: with straight apostrophes."""
+    return text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").strip()
 
 
 def draw_order(rng: random.Random, *, action: str = "", allowed: bool = True) -> Order:

@@ -13,13 +13,16 @@ policy, and the conversation goes on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from stateset_ray.errors import StatesetError
 from stateset_ray.types import ToolCall
 
-__all__ = ["Tool", "ToolSyntaxError", "check_call", "describe", "format_call", "parse_calls"]
+__all__ = [
+    "Tool", "ToolSyntaxError", "Toolbox", "check_call", "describe", "format_call", "one_call", "parse_calls",
+]  # fmt: skip
 
 _CALL = re.compile(r"\s*CALL(?!\w)(.*)", re.DOTALL)
 _NAME = re.compile(r"\s*([A-Za-z_]\w*)")
@@ -60,6 +63,42 @@ class Tool:
         return " ".join(["CALL", self.name, *(f"{name}={hint}" for name, hint in self.parameters.items())])
 
 
+class Toolbox(ABC):
+    """What an environment offers to a policy that is served: its tools, as it was trained with them.
+
+    An environment that builds one in `reset` and reads and answers calls by it in `step` serves what it
+    trains. Written for an endpoint, `call` reaches a real system; it is asked for many conversations at
+    once, and again for the same call if a client asks again.
+
+    Attributes:
+        system: the system prompt that the policy was trained with.
+        tools: what may be called.
+    """
+
+    system: str
+    tools: tuple[Tool, ...]
+
+    def read(self, text: str) -> ToolCall | None:
+        """The call that a reply makes, checked; None if the reply is for the user.
+
+        Raises:
+            ToolSyntaxError: it makes a call that cannot be carried out; the policy is told its `correction`.
+        """
+        return one_call(text, self.tools)
+
+    @abstractmethod
+    def call(self, call: ToolCall, caller: str) -> str | Awaitable[str]:
+        """Carry out a checked call; write it `async` or plain, plain ones run in a thread.
+
+        Args:
+            caller: the name of the API key for which the policy acts; "" in training. What a key may not see
+                or change is to be refused here: arguments come from a model, and so from its users.
+
+        Returns:
+            What the policy is told.
+        """
+
+
 def describe(tools: Iterable[Tool]) -> str:
     """The tools as text for a system prompt, one line each.
 
@@ -84,6 +123,21 @@ def parse_calls(text: str) -> tuple[ToolCall, ...]:
     # Not splitlines(): it also cuts at characters that may stand inside a quoted value.
     found = (_CALL.fullmatch(line) for line in text.split("\n"))
     return tuple(_parse(match[1]) for match in found if match)
+
+
+def one_call(text: str, tools: Iterable[Tool]) -> ToolCall | None:
+    """The one call in a reply, checked against the tools that there are; None if it makes none.
+
+    Raises:
+        ToolSyntaxError: it makes several, or one that cannot be carried out.
+    """
+    calls = parse_calls(text)
+    if not calls:
+        return None
+    if len(calls) > 1:
+        raise ToolSyntaxError("more than one call", mend="make one call a reply")
+    check_call(calls[0], tools)
+    return calls[0]
 
 
 def check_call(call: ToolCall, tools: Iterable[Tool]) -> None:
