@@ -227,7 +227,7 @@ def _summary(out: Output, data: DataSet, mode: Mode, before: int) -> dict[str, A
     seen: Counter[Id] = Counter()
     errors: Counter[str] = Counter()
     first_errors: list[str] = []
-    played: dict[Id, Mapping[str, Any]] = {}
+    played: dict[Id, dict[str, Any]] = {}
     for row in out.rows():
         if row["id"] not in data.places:
             continue  # of a data set that had more rows
@@ -239,7 +239,7 @@ def _summary(out: Output, data: DataSet, mode: Mode, before: int) -> dict[str, A
         if mode == "play":
             played[row["id"]] = {key: row.get(key) for key in ("reward", "stop_reason")}
             if row["id"] == next(iter(data.places)):
-                played[row["id"]] |= {"messages": row.get("messages", [])}
+                played[row["id"]]["messages"] = row.get("messages", [])
     wrong = [id for id in data.places if seen[id] != 1]
     if wrong:
         raise RunError(

@@ -6,6 +6,7 @@ and leaves nothing behind. On a cluster that it joins it deploys one application
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -21,6 +22,7 @@ from stateset_ray.actors.placement import cluster
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, ConfigError
 from stateset_ray.serving import release
+from stateset_ray.serving.agent_tools import load_tools
 from stateset_ray.serving.security import (
     ENVIRONMENT,
     KeyRing,
@@ -31,6 +33,7 @@ from stateset_ray.serving.security import (
 )
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.source import Source
+from stateset_ray.serving.stores import open_store
 from stateset_ray.settings import apply_override, validated
 
 __all__ = ["Errand", "prepared", "serve", "serve_command", "write_deploy_file"]
@@ -56,6 +59,7 @@ class Errand:
     share: float = 0.1
     promote: bool = False
     rollback: bool = False
+    agent: bool = False
 
 
 def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
@@ -69,7 +73,7 @@ def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
             raise ConfigError(
                 "--new-key needs a file to put the key's hash into", mend="add --keys keys.json"
             )
-        say(add_key(errand.keys, errand.new_key, admin=errand.admin))
+        say(add_key(errand.keys, errand.new_key, admin=errand.admin, agent=errand.agent))
         return
     if errand.check is not None:
         from stateset_ray.serving.deploy_file import check_deploy_file
@@ -87,7 +91,8 @@ def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
             raise ConfigError("choose one of --pin, --canary, --promote and --rollback")
         say(_release(errand.source, errand))
         return
-    settings = prepared(errand.source, errand.overrides, errand.host, errand.keys)
+    overrides = (*(["agent.enabled=true"] if errand.agent else []), *errand.overrides)
+    settings = prepared(errand.source, overrides, errand.host, errand.keys)
     if errand.write is not None:
         write_deploy_file(settings, errand.write, errand.host, errand.port)
         say(f"wrote {errand.write}; now: serve deploy {errand.write}")
@@ -160,6 +165,10 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
     from stateset_ray.serving.verification import checked  # brings torch, which the lines above do not need
 
     found = Source(settings.source)
+    if settings.agent.enabled:
+        load_tools(settings)
+    if (store := open_store(settings.conversations)) is not None:
+        asyncio.run(store.close())
     checked(found.first(), found.config(), settings.policy.max_context)
     return settings
 

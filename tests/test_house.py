@@ -90,7 +90,7 @@ LIBRARIES: dict[int | str, set[str]] = {
     "policies.vllm": {"vllm"},
     "rllib": {"gymnasium", "torch"},
     "storage": {"fsspec"},
-    "serving": {"fastapi", "limits", "starlette", "yaml"},
+    "serving": {"fastapi", "limits", "redis", "starlette", "yaml"},
     "sweep": {"optuna", "pydantic"},
 }
 """What a floor may import from outside, and what one file or package may besides."""

@@ -40,8 +40,8 @@ def batch(
 ) -> None:
     """Work on a whole data set with a policy; begin again after an interruption, and it goes on."""
     with errors():
-        chosen: list[Mode] = []
-        chosen += ["generate"] * generate + ["score"] * score + ["play"] * play  # type: ignore[list-item]
+        asked: dict[Mode, bool] = {"generate": generate, "score": score, "play": play}
+        chosen = [mode for mode, wanted in asked.items() if wanted]
         if len(chosen) > 1:
             raise ConfigError("--generate, --score and --play exclude each other", given=chosen)
         find_modules_beside(Path(run))

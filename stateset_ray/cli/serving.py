@@ -27,6 +27,10 @@ def serve(
     keys: Annotated[Path | None, typer.Option(help="A file of API keys.")] = None,
     new_key: Annotated[str | None, typer.Option(metavar="NAME", help="Add a key to --keys, show it.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="With --new-key: it may change weights.")] = False,
+    agent: Annotated[
+        bool,
+        typer.Option("--agent", help="Let the policy call its environment's tools; with --new-key: for it."),
+    ] = False,
     pin: Annotated[
         str | None, typer.Option(metavar="STEP", help="Hold RUN at a checkpoint; 'latest' lets it go on.")
     ] = None,
@@ -51,6 +55,6 @@ def serve(
             overrides.append(f"security.tls_{name}={json.dumps(str(path.absolute()))}")
         errand = Errand(
             source, port, host, keys, new_key, admin, pin, write, check, tuple(overrides),
-            canary=canary, share=share, promote=promote, rollback=rollback,
+            canary=canary, share=share, promote=promote, rollback=rollback, agent=agent,
         )  # fmt: skip
         serve_command(errand, typer.echo)

@@ -16,6 +16,7 @@ lately is remembered (`_REMEMBERED`), unless the template writes the time.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
 from itertools import product
@@ -74,9 +75,8 @@ class Renderer:
             )
         self._tokenizer = tokenizer
         self._encode, self._written = encoder(tokenizer), writer(tokenizer)
-        remember = lru_cache(0 if "strftime_now" in str(tokenizer.chat_template) else _REMEMBERED)
-        self._opening, self._suffix = remember(self._render_opening), remember(self._render_suffix)
-        self._reply, self._text = remember(self._render_reply), remember(self._read)
+        self._tools: tuple[dict[str, Any], ...] = ()
+        self._remember()
         self._control, self._marks = control_tokens(tokenizer)
         self._probe = self._accepted_probe()
         self._stop = self._find_stop()
@@ -144,9 +144,27 @@ class Renderer:
         """The words of a sampled reply; control tokens are left out."""
         return self._text(tuple(ids))
 
+    def plain(self, text: str) -> str:
+        """Text in which no control token is left, as in what users say."""
+        return self._clean(Message("user", text))
+
     def stopped(self, ids: Sequence[int]) -> bool:
         """Whether a reply ended in a stop token."""
         return bool(ids) and ids[-1] in self.stop_ids
+
+    def with_tools(self, tools: Sequence[dict[str, Any]]) -> Renderer:
+        """One that shows tools (OpenAI's, as JSON schemas) in every conversation, by the chat template.
+
+        Raises:
+            TemplateError: the template does not show them.
+        """
+        self.check_tools(tools)
+        made = copy.copy(self)
+        made._tools = tuple(tools)
+        made._remember()
+        made._base = made._render_base()
+        made._prompt = made._render(made._probe, prompt=True)
+        return made
 
     def check_tools(self, tools: Sequence[dict[str, Any]]) -> None:
         """Prove that the template shows tools to the model (many drop them silently).
@@ -154,7 +172,7 @@ class Renderer:
         Raises:
             TemplateError: a tool's name is absent from the rendered prompt.
         """
-        without = self._write(self._probe, prompt=False)
+        without = self._write(self._probe, prompt=False, tools=())
         text = self._write(self._probe, prompt=False, tools=list(tools))
         for tool in tools:
             name = str(tool.get("function", tool)["name"])
@@ -166,6 +184,11 @@ class Renderer:
                 )
 
     # What is remembered. A template that was changed meanwhile is another template.
+
+    def _remember(self) -> None:
+        remember = lru_cache(0 if "strftime_now" in str(self._tokenizer.chat_template) else _REMEMBERED)
+        self._opening, self._suffix = remember(self._render_opening), remember(self._render_suffix)
+        self._reply, self._text = remember(self._render_reply), remember(self._read)
 
     @property
     def _template(self) -> str:
@@ -210,7 +233,7 @@ class Renderer:
     def _write(self, messages: Sequence[Message], *, prompt: bool, tools: Any = None) -> str:
         plain = [{"role": m.role, "content": self._clean(m)} for m in messages]
         try:
-            return self._written(plain, prompt, tools)
+            return self._written(plain, prompt, list(self._tools if tools is None else tools) or None)
         except Exception as error:  # templates raise whatever their author chose
             raise TemplateError(
                 f"the chat template refuses this conversation: {error}",

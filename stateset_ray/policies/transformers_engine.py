@@ -28,6 +28,7 @@ from stateset_ray.errors import InfrastructureFault, ModelError
 from stateset_ray.models import Hardware
 from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest, check_fits
 from stateset_ray.policies.kv_cache import CachedRows, Ids, KVCache, Slot, common_prefix
+from stateset_ray.policies.nucleus import Sampled, likeliest, nucleus
 from stateset_ray.policies.packed_linear import InferenceWeights
 
 __all__ = ["TransformersEngine"]
@@ -46,7 +47,9 @@ class _Turn:
     prompt: Ids
     future: asyncio.Future[Reply]
     uniforms: np.ndarray[Any, np.dtype[np.float64]]
-    on_token: Callable[[int, float], None] | None = None
+    on_token: Callable[[Sampled], None] | None = None
+    top_p: float = 1.0
+    top: int = 0
     slot: Slot | None = None
     pending: Ids = field(default_factory=lambda: np.zeros(0, np.int32))
     token_ids: list[int] = field(default_factory=list)
@@ -63,6 +66,9 @@ class TransformersEngine:
         slots: conversations whose cache is kept at once.
         max_context: tokens per conversation.
         hardware: where the model sits.
+
+    Attributes:
+        vocabulary: ids that a prompt may hold are below it.
     """
 
     def __init__(
@@ -90,21 +96,25 @@ class TransformersEngine:
         self._idle.set()
         self._open.set()
         self._task: asyncio.Task[None] | None = None
+        self.vocabulary = int(config.vocab_size)
         self.version = 0
         self.dead = False  # it lives and dies with its process
         self._asleep = False
         self.stats = EngineStats()
 
     async def reply(
-        self, request: ReplyRequest, on_token: Callable[[int, float], None] | None = None
-    ) -> Reply:
+        self, request: ReplyRequest, on_token: Callable[[Sampled], None] | None = None, *,
+        top_p: float = 1.0, top: int = 0,
+    ) -> Reply:  # fmt: skip
         """Sample one reply; see `Policy.reply`.
 
         A caller that is cancelled frees its slot before the next forward pass.
 
         Args:
-            on_token: told each token and its log-probability as it is sampled. It is called between two
-                forward passes, in the event loop's thread, and must neither wait nor raise.
+            on_token: told each token as it is sampled. It is called between two forward passes, in the event
+                loop's thread, and must neither wait nor raise.
+            top_p: for serving only, see `nucleus`.
+            top: how many of the likeliest tokens `on_token` is told as well.
         """
         check_fits(request, self._max_context)
         await self._open.wait()
@@ -113,8 +123,8 @@ class TransformersEngine:
             np.asarray(request.prompt_ids, np.int32),
             asyncio.get_running_loop().create_future(),
             np.random.default_rng(request.seed).random(request.max_tokens),
-            on_token,
-        )
+            on_token, top_p, top,
+        )  # fmt: skip
         self._waiting.append(turn)
         self._idle.clear()
         self._wake.set()
@@ -269,7 +279,8 @@ class TransformersEngine:
             greedy = heats == 0
             scaled = scaled / torch.where(greedy, 1.0, heats)
         probabilities = torch.softmax(scaled, dim=-1)
-        total = probabilities.cumsum(dim=-1)
+        cut = nucleus(probabilities, [t.top_p for t in turns])
+        total = cut.cumsum(dim=-1)
         uniforms = logits.new_tensor(
             [t.uniforms[len(t.token_ids)] for t in turns], dtype=torch.float32
         ).clamp_(max=_BELOW_ONE)
@@ -277,14 +288,19 @@ class TransformersEngine:
         drawn = drawn.clamp_(max=logits.shape[-1] - 1)
         if greedy is not None:
             drawn = torch.where(greedy, logits.argmax(-1, keepdim=True), drawn)
-        chosen = probabilities.gather(-1, drawn).log_()
+        chosen = own = probabilities.gather(-1, drawn).log_()
+        if cut is not probabilities:
+            chosen = own - total[:, -1:].log()
         if greedy is not None:
             chosen = chosen.masked_fill(greedy, 0.0)
-        for turn, token, logprob in zip(turns, drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
+        told = own[:, 0].tolist()
+        for i, (turn, token, logprob) in enumerate(
+            zip(turns, drawn[:, 0].tolist(), chosen[:, 0].tolist(), strict=True)
+        ):
             turn.token_ids.append(token)
             turn.logprobs.append(logprob)
             if turn.on_token is not None:
-                turn.on_token(token, logprob)
+                turn.on_token(Sampled(token, told[i], likeliest(probabilities[i], turn.top)))
             if not np.isfinite(logprob):
                 self._finish(turn, error="the model gave no finite probabilities")
             elif token in self._stop_ids or len(turn.token_ids) == turn.request.max_tokens:

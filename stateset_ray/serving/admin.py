@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from stateset_ray.errors import StatesetError
 from stateset_ray.serving import release
 from stateset_ray.serving.faults import ApiError
-from stateset_ray.serving.protocol import parse_json
+from stateset_ray.serving.reading import parse_json
 from stateset_ray.serving.security import Caller
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.source import Source

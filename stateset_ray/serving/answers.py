@@ -1,15 +1,15 @@
-"""What clients get: OpenAI's chat completions, whole or in chunks, made from the events of an answer."""
+"""What clients get: OpenAI's completions, whole or in chunks, made from the events of an answer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stateset_ray.serving.events import Began, Ended, Event, Piece, TokenLogprob
+from stateset_ray.serving.events import Began, Ended, Event, Halted, Piece, Stepped, TokenLogprob
 
-__all__ = ["DONE", "Answer", "Usage", "framed"]
+__all__ = ["DONE", "AgentAnswer", "Answer", "TextAnswer", "Usage", "framed"]
 
 DONE = b"data: [DONE]\n\n"
 """The last frame of every stream, also of one that ended in an error."""
@@ -33,7 +33,7 @@ class Usage:
 
 @dataclass
 class Answer:
-    """Collects the events of one answer and gives its bodies.
+    """Collects the events of one answer and gives its bodies: those of a chat completion.
 
     Attributes:
         id: of the completion.
@@ -61,7 +61,8 @@ class Answer:
         """Note what happened."""
         for event in events:
             if isinstance(event, Began):
-                self.version, self.usage.prompt = event.version, event.prompt_tokens
+                self.version = event.version
+                self.usage.prompt += event.prompt_tokens
             elif isinstance(event, Piece):
                 self._texts[event.choice].append(event.text)
                 self._tokens[event.choice] += event.tokens
@@ -69,16 +70,24 @@ class Answer:
                 self._finish[event.choice] = event.finish
                 self.usage.completion += event.tokens
 
+    def text(self, choice: int = 0) -> str:
+        """What was said so far."""
+        return "".join(self._texts[choice])
+
+    def finish(self, choice: int = 0) -> str:
+        """How a choice ended; "" while it has not."""
+        return self._finish.get(choice, "")
+
     def completion(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(texts), "refusal": None},
+                "message": {"role": "assistant", "content": self.text(index), "refusal": None},
                 "logprobs": _logprobs(self._tokens[index]) if self.logprobs else None,
                 "finish_reason": self._finish[index],
             }
-            for index, texts in enumerate(self._texts)
+            for index in range(self.choices)
         ]
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage.body()}
 
@@ -88,17 +97,22 @@ class Answer:
             yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def chunks(self, events: Iterable[Event]) -> Iterator[dict[str, Any]]:
-        """The chunks of some events, which are taken as well."""
+        """The chunks of some events."""
         for event in events:
-            self.take((event,))
             if isinstance(event, Piece):
-                yield self._chunk(event.choice, {"content": event.text}, tokens=event.tokens)
+                yield self._piece(event)
             elif isinstance(event, Ended):
-                yield self._chunk(event.choice, {}, finish=event.finish)
+                yield self._end(event)
 
     def usage_chunk(self) -> dict[str, Any]:
         """The chunk that ends a stream whose usage was asked for."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage.body()}
+
+    def _piece(self, event: Piece) -> dict[str, Any]:
+        return self._chunk(event.choice, {"content": event.text}, tokens=event.tokens)
+
+    def _end(self, event: Ended) -> dict[str, Any]:
+        return self._chunk(event.choice, {}, finish=event.finish)
 
     def _chunk(
         self, index: int, delta: dict[str, Any], *, tokens: tuple[TokenLogprob, ...] = (),
@@ -115,6 +129,108 @@ class Answer:
         }  # fmt: skip
 
 
+class AgentAnswer(Answer):
+    """A chat completion with the tool calls that were made on the way.
+
+    Attributes:
+        steps: one for each call, as clients get it.
+        stopped: the error that stopped the agent after it had called tools.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.steps: list[dict[str, Any]] = []
+        self.stopped: dict[str, str] | None = None
+
+    def take(self, events: Iterable[Event]) -> None:
+        """See `Answer.take`."""
+        for event in events:
+            super().take((event,))
+            if isinstance(event, Stepped):
+                self.usage.completion += event.tokens
+                self.version = event.version
+                self.steps.append(_step(event))
+            elif isinstance(event, Halted):
+                self.stopped = _stopped(event)
+
+    def completion(self) -> dict[str, Any]:
+        """See `Answer.completion`."""
+        return {**super().completion(), "steps": self.steps, "stopped": self.stopped}
+
+    def chunks(self, events: Iterable[Event]) -> Iterator[dict[str, Any]]:
+        """See `Answer.chunks`; a step is a chunk without words."""
+        for event in events:
+            yield from super().chunks((event,))
+            if isinstance(event, Stepped):
+                yield {**self._chunk(0, {}), "steps": [_step(event)]}
+            elif isinstance(event, Halted):
+                yield {**self._chunk(0, {}), "stopped": _stopped(event)}
+
+
+class TextAnswer(Answer):
+    """The same as a plain completion (`/v1/completions`); its choices are those of all prompts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._offsets = [0] * self.choices
+
+    def completion(self) -> dict[str, Any]:
+        """See `Answer.completion`."""
+        choices = [
+            self._choice(index, self.text(index), self._tokens[index], self._finish[index])
+            for index in range(self.choices)
+        ]
+        return {**self._head("text_completion"), "choices": choices, "usage": self.usage.body()}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Nothing: a text has no role."""
+        yield from ()
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """See `Answer.usage_chunk`."""
+        return {**self._head("text_completion"), "choices": [], "usage": self.usage.body()}
+
+    def _piece(self, event: Piece) -> dict[str, Any]:
+        choice = self._choice(event.choice, event.text, event.tokens, None)
+        return {**self._head("text_completion"), "choices": [choice]}
+
+    def _end(self, event: Ended) -> dict[str, Any]:
+        choice = self._choice(event.choice, "", (), event.finish)
+        return {**self._head("text_completion"), "choices": [choice]}
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[TokenLogprob], finish: str | None
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.logprobs and tokens:
+            begins = []
+            for token in tokens:
+                begins.append(self._offsets[index])
+                self._offsets[index] += len(token.text)
+            logprobs = {
+                "tokens": [token.text for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": [dict(token.top) for token in tokens],
+                "text_offset": begins,
+            }
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def _stopped(event: Halted) -> dict[str, str]:
+    return {"code": event.code, "message": event.message}
+
+
+def _step(event: Stepped) -> dict[str, Any]:
+    return {
+        "tool": event.tool,
+        "arguments": dict(event.arguments),
+        "outcome": event.outcome,
+        "seconds": round(event.seconds, 6),
+        "version": event.version,
+        "messages": [{"role": message.role, "content": message.content} for message in event.messages],
+    }
+
+
 def framed(body: dict[str, Any]) -> bytes:
     """One server-sent event; JSON has no raw line ends, so no content can forge another event."""
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
@@ -125,10 +241,16 @@ def _logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
         {
             "token": token.text,
             "logprob": token.logprob,
-            # A token may be a part of a character, which has no text of its own.
-            "bytes": None if "\ufffd" in token.text else list(token.text.encode()),
-            "top_logprobs": [],
+            "bytes": _bytes(token.text),
+            "top_logprobs": [
+                {"token": text, "logprob": logprob, "bytes": _bytes(text)} for text, logprob in token.top
+            ],
         }
         for token in tokens
     ]
     return {"content": content, "refusal": None}
+
+
+def _bytes(text: str) -> list[int] | None:
+    # A token may be a part of a character, which has no text of its own.
+    return None if "\ufffd" in text else list(text.encode())

@@ -5,13 +5,16 @@ Events travel in tuples, as many as there are at the time, so that a fast policy
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.types import Message
 
-__all__ = ["Ask", "Began", "Ended", "Event", "Piece", "Refused", "TokenLogprob"]
+__all__ = [
+    "Ask", "Began", "Ended", "Event", "Halted", "Piece", "Refused", "Stepped", "TokenLogprob",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,10 @@ class Ask:
         logprobs: whether tokens are wanted with their log-probabilities.
         stream: whether pieces are wanted as soon as they are there.
         canary: whether a canary may answer; not where a replica was lost over this request already.
+        top_p: the likeliest tokens that hold so much are sampled from; 1 for all.
+        top: how many of the likeliest tokens are wanted beside each.
+        prompt: text or token ids to go on with as they are, in the place of messages.
+        tools: OpenAI's tools as JSON, for the chat template; "" for none.
     """
 
     id: str
@@ -42,14 +49,19 @@ class Ask:
     logprobs: bool = False
     stream: bool = False
     canary: bool = True
+    top_p: float = 1.0
+    top: int = 0
+    prompt: str | tuple[int, ...] | None = None
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A sampled token as text, and its natural log-probability where it was sampled."""
+    """A sampled token as text, and its natural log-probability; `top` are the likeliest in its place."""
 
     text: str
     logprob: float
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,4 +108,34 @@ class Refused:
         return ApiError(self.status, self.code, self.message, self.param)
 
 
-Event = Began | Piece | Ended | Refused
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """An agent has called a tool and was told the result.
+
+    Attributes:
+        tool: its name; "" where the call could not be read.
+        outcome: `done`, or why the tool did nothing.
+        messages: the call as the policy wrote it, and the result as it was told.
+        version: of the policy that called.
+        tokens: that were sampled for the call.
+        seconds: that the tool took.
+    """
+
+    tool: str
+    outcome: str
+    messages: tuple[Message, Message]
+    version: str
+    tokens: int
+    seconds: float
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Halted:
+    """An agent was stopped after it had called tools: by this error, which is told beside what was done."""
+
+    code: str
+    message: str
+
+
+Event = Began | Piece | Ended | Refused | Stepped | Halted

@@ -136,7 +136,7 @@ class Gate:
             # A page of another site can make a browser ask this machine; it cannot forge this header.
             raise ApiError(403, "wrong_host", "without API keys this endpoint answers to localhost only")
         caller = self._keys.caller(headers.get("authorization"))
-        caller.need("admin" if _is_admin(path) else "chat")
+        caller.need(_scope_of(path))
         if self.draining:
             raise self._draining()
         if visit.scope["method"] == "POST":
@@ -234,7 +234,17 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def _is_admin(path: str) -> bool:
-    return path == "/admin" or path.startswith("/admin/")
+    return _below(path, "/admin")
+
+
+def _scope_of(path: str) -> str:
+    if _is_admin(path):
+        return "admin"
+    return "agent" if _below(path, "/v1/agent") else "chat"
+
+
+def _below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}/")
 
 
 def _host(header: str) -> str:

@@ -18,18 +18,22 @@ from typing import Any
 from stateset_ray.errors import InfrastructureFault, ModelError, TemplateError
 from stateset_ray.models import Hardware, generation_stop_ids, load_model, load_tokenizer
 from stateset_ray.policies.base import Reply, ReplyRequest
+from stateset_ray.policies.nucleus import Sampled
 from stateset_ray.policies.renderer import Renderer, characters
 from stateset_ray.policies.transformers_engine import TransformersEngine
 from stateset_ray.serving.events import Ask, Began, Ended, Event, Piece, Refused, TokenLogprob
 from stateset_ray.serving.memory import ConversationMemory
+from stateset_ray.serving.raw_prompt import raw_prompt
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.source import Candidate
 from stateset_ray.serving.text_stream import TextStream
+from stateset_ray.serving.tool_calls import tool_renderer
 from stateset_ray.types import Message, derive_seed
 
 __all__ = ["HeldPolicy", "load_policy"]
 
 _PROBE_TOKENS = 8
+_RENDERERS = 16  # sets of tools for which a renderer is kept
 
 
 @dataclass(eq=False)
@@ -68,6 +72,7 @@ class HeldPolicy:
     _counted: int = 0
     _retired: bool = False
     _sessions: set[str] = field(default_factory=set)
+    _renderers: dict[str, Renderer] = field(default_factory=dict)
 
     @property
     def running(self) -> int:
@@ -121,7 +126,7 @@ class HeldPolicy:
             await self.engine.close()
 
     async def _answer(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
-        said = characters(ask.messages)
+        said = len(ask.prompt) if isinstance(ask.prompt, str) else characters(ask.messages)
         if said > self.max_context * self.renderer.longest_token:  # found out before rendering costs anything
             yield (
                 Refused(
@@ -131,10 +136,9 @@ class HeldPolicy:
                 ),
             )  # fmt: skip
             return
-        try:
-            prompt = self.memory.prompt(self.renderer, ask.tenant, ask.messages)
-        except TemplateError:
-            yield (Refused(400, "invalid_messages", "the chat template refuses these messages", "messages"),)
+        prompt = self._prompt(ask)
+        if isinstance(prompt, Refused):
+            yield (prompt,)
             return
         budget = self._budget(ask, len(prompt))
         if isinstance(budget, Refused):
@@ -142,7 +146,7 @@ class HeldPolicy:
             return
         session = ask.session if ask.choices == 1 and ask.session not in self._sessions else ""
         self._sessions.add(session)
-        inbox: asyncio.Queue[tuple[int, int, float]] = asyncio.Queue()  # (choice, token or _DONE, logprob)
+        inbox: asyncio.Queue[tuple[int, Sampled | None]] = asyncio.Queue()  # (choice, None at its end)
         choices = [self._begin(ask, prompt, budget, session, i, inbox) for i in range(ask.choices)]
         waiting = len(prompt) * len(choices)  # prompt tokens that were not read yet, as far as one can tell
         self.tokens += waiting
@@ -160,15 +164,42 @@ class HeldPolicy:
                 for i in range(ask.choices):
                     self.engine.release(f"{ask.id}/{i}")
 
+    def _prompt(self, ask: Ask) -> tuple[int, ...] | Refused:
+        if ask.prompt is not None:
+            ids = raw_prompt(self.renderer, self.tokenizer, ask.prompt, self.engine.vocabulary)
+            wrong = "the prompt is empty, or holds a token that this model does not have"
+            return ids or Refused(400, "invalid_parameter", wrong, "prompt")
+        renderer, tenant = self.renderer, ask.tenant
+        if ask.tools:
+            try:
+                renderer = self._shown(ask.tools)
+            except TemplateError:
+                wrong = "the chat template of this policy knows no tools, or not as they are read here"
+                return Refused(400, "tools_unsupported", wrong, "tools")
+            tenant = f"{tenant}\x1f{ask.tools}"  # the same words after other tools are other tokens
+        try:
+            return self.memory.prompt(renderer, tenant, ask.messages)
+        except TemplateError:
+            return Refused(400, "invalid_messages", "the chat template refuses these messages", "messages")
+
+    def _shown(self, tools: str) -> Renderer:
+        """The renderer for conversations with these tools; the last few are kept."""
+        if tools not in self._renderers:
+            while len(self._renderers) >= _RENDERERS:
+                self._renderers.pop(next(iter(self._renderers)))
+            self._renderers[tools] = tool_renderer(self.renderer, self.tokenizer, tools)
+        return self._renderers[tools]
+
     def _budget(self, ask: Ask, prompt: int) -> int | Refused:
         """Tokens that each reply may take."""
         room = self.max_context - prompt
         if room < 1 or (ask.max_tokens or 0) > room:
             wanted = f"{prompt} tokens and a reply of {ask.max_tokens or 1}"
+            where = "messages" if ask.prompt is None else "prompt"
             return Refused(
                 400, "context_length_exceeded",
                 f"the conversation has {wanted}, and the policy's context is {self.max_context} tokens",
-                "messages" if room < 1 else "max_tokens",
+                where if room < 1 else "max_tokens",
             )  # fmt: skip
         most = self.max_reply or room
         if (ask.max_tokens or 0) > most:
@@ -179,22 +210,25 @@ class HeldPolicy:
 
     def _begin(
         self, ask: Ask, prompt: tuple[int, ...], budget: int, session: str, index: int,
-        inbox: asyncio.Queue[tuple[int, int, float]],
+        inbox: asyncio.Queue[tuple[int, Sampled | None]],
     ) -> _Choice:  # fmt: skip
         name = f"session/{session}" if session else f"{ask.id}/{index}"
         seed = derive_seed(ask.seed, "choice", index)
         request = ReplyRequest(name, prompt, ask.messages, budget, ask.temperature, seed)
         task = asyncio.create_task(
-            self.engine.reply(request, lambda token, logprob: inbox.put_nowait((index, token, logprob)))
+            self.engine.reply(
+                request, lambda sampled: inbox.put_nowait((index, sampled)), top_p=ask.top_p, top=ask.top
+            )
         )
         # Its end wakes the reader as well, behind the last token.
-        task.add_done_callback(lambda _: inbox.put_nowait((index, _DONE, 0.0)))
+        task.add_done_callback(lambda _: inbox.put_nowait((index, None)))
         self.tokens += budget
-        return _Choice(TextStream(self.tokenizer, ask.stops), budget, task)
+        stream = TextStream(self.tokenizer, ask.stops, strip=ask.prompt is None)
+        return _Choice(stream, budget, task)
 
     async def _events(
         self, ask: Ask, prompt: tuple[int, ...], choices: list[_Choice],
-        inbox: asyncio.Queue[tuple[int, int, float]],
+        inbox: asyncio.Queue[tuple[int, Sampled | None]],
     ) -> AsyncIterator[tuple[Event, ...]]:  # fmt: skip
         began, later = False, []
         while not all(choice.ended for choice in choices):
@@ -202,14 +236,14 @@ class HeldPolicy:
             while not inbox.empty():
                 news.append(inbox.get_nowait())
             events: list[Event] = []
-            for index, token, logprob in news:
+            for index, sampled in news:
                 choice = choices[index]
                 if choice.ended:
                     continue  # what was sampled before the cancellation of a stopped reply was felt
-                if token == _DONE:
+                if sampled is None:
                     events += self._end(ask, prompt, index, choice)
                 else:
-                    events += self._take(ask, index, choice, token, logprob)
+                    events += self._take(ask, index, choice, sampled)
                     if not began:
                         began = True
                         yield (Began(self.candidate.label, len(prompt)),)
@@ -221,15 +255,17 @@ class HeldPolicy:
         if later:
             yield tuple(later)
 
-    def _take(self, ask: Ask, index: int, choice: _Choice, token: int, logprob: float) -> list[Event]:
+    def _take(self, ask: Ask, index: int, choice: _Choice, sampled: Sampled) -> list[Event]:
         choice.sampled += 1
         self.sampled += 1
         self.tokens -= 1
         if ask.logprobs:
-            choice.held.append(TokenLogprob(str(self.tokenizer.decode([token])), logprob))
+            top = tuple((str(self.tokenizer.decode([token])), logprob) for token, logprob in sampled.top)
+            text = str(self.tokenizer.decode([sampled.token]))
+            choice.held.append(TokenLogprob(text, sampled.logprob, top))
         if not (ask.stream or ask.stops):
             return []  # nobody looks at the text before its end
-        text = choice.text.push(token)
+        text = choice.text.push(sampled.token)
         events = self._piece(index, choice, text) if text else []
         if choice.text.stopped:
             choice.task.cancel()
@@ -245,24 +281,24 @@ class HeldPolicy:
         choice.ended = True
         self.tokens -= choice.budget - choice.sampled
         looked_at = ask.stream or ask.stops
-        text = choice.text.finish() if looked_at else self.renderer.text(reply.token_ids)
+        said = self.renderer.text(reply.token_ids) if ask.prompt is None else None
+        text = choice.text.finish() if looked_at else said
+        if text is None:
+            text = str(self.tokenizer.decode(list(reply.token_ids), skip_special_tokens=True))
         events = self._piece(index, choice, text) if text or choice.held else []
         # A stop string may still be in what was held back to the end.
         stopped = reply.finish == "stop"
-        if not choice.text.stopped:
-            said = Message("assistant", self.renderer.text(reply.token_ids))
+        if said is not None and not choice.text.stopped:
             self.memory.remember(
-                ask.tenant, (*ask.messages, said), (*prompt, *reply.token_ids), stopped=stopped
-            )
+                f"{ask.tenant}\x1f{ask.tools}" if ask.tools else ask.tenant,
+                (*ask.messages, Message("assistant", said)), (*prompt, *reply.token_ids), stopped=stopped,
+            )  # fmt: skip
         ended = stopped or choice.text.stopped
         return [*events, Ended(index, "stop" if ended else "length", choice.sampled)]
 
     def _piece(self, index: int, choice: _Choice, text: str) -> list[Event]:
         held, choice.held = tuple(choice.held), []
         return [Piece(index, text, held)]
-
-
-_DONE = -1  # in the place of a token
 
 
 def load_policy(

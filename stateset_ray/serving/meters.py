@@ -43,6 +43,12 @@ METRICS: Mapping[str, Metric] = {
         "stateset_inference_shed_total", "counter", "Requests refused for want of room.", ("reason",)
     ),
     "cancelled": Metric("stateset_inference_cancelled_total", "counter", "Answers whose client left."),
+    "tool_calls": Metric(
+        "stateset_agent_tool_calls_total", "counter", "Calls of tools by the policy.", ("tool", "outcome")
+    ),
+    "tool_seconds": Metric(
+        "stateset_agent_tool_seconds", "histogram", "What one call of a tool took.", ("tool",)
+    ),
     "policy_step": Metric(
         "stateset_policy_step", "gauge", "Step of the checkpoint that answers; -1: of no run."
     ),

@@ -97,7 +97,7 @@ class KeyRing:
         """
         self._refresh()
         if self.open:
-            return Caller("anonymous", frozenset({"chat"}))
+            return Caller("anonymous", frozenset({"chat", "agent"}))
         kind, _, key = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not key.strip():
             raise ApiError(401, "missing_api_key", "send an API key: Authorization: Bearer KEY")
@@ -140,8 +140,12 @@ def digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def add_key(path: Path, name: str, *, admin: bool = False) -> str:
+def add_key(path: Path, name: str, *, admin: bool = False, agent: bool = False) -> str:
     """Make a key and add its hash to a file of keys, which is made if missing (mode 0600).
+
+    Args:
+        admin: it may change weights.
+        agent: it may let the policy call tools.
 
     Returns:
         The key, which is kept nowhere.
@@ -154,7 +158,8 @@ def add_key(path: Path, name: str, *, admin: bool = False) -> str:
         raise ConfigError("there is a key of this name already", given=name, mend="choose another name")
     key = _PREFIX + secrets.token_urlsafe(32)
     try:
-        entry = KeyEntry(name=name, sha256=digest(key), scopes=("chat", "admin") if admin else ("chat",))
+        scopes = ("chat", *(["agent"] if agent else []), *(["admin"] if admin else []))
+        entry = KeyEntry.model_validate({"name": name, "sha256": digest(key), "scopes": scopes})
     except ValidationError as error:
         raise ConfigError(
             "a key's name may hold letters, digits, '.', '_' and '-'", given=name, mend="choose another name"

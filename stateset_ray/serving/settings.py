@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
+    "AgentSettings",
     "AutoscalingSettings",
+    "ConversationSettings",
     "DeadlineSettings",
     "KeyEntry",
     "LimitSettings",
@@ -26,7 +28,7 @@ __all__ = [
     "TranscriptSettings",
 ]
 
-_Scope = Literal["chat", "admin"]
+_Scope = Literal["chat", "agent", "admin"]
 
 
 class _Section(BaseModel):
@@ -172,6 +174,54 @@ class AutoscalingSettings(_Section):
         return self
 
 
+class AgentSettings(_Section):
+    """The policy with the tools of the environment that it was trained in (`/v1/agent/chat/completions`)."""
+
+    enabled: bool = False
+    tools: tuple[str, ...] = ()
+    """The tools that it may call; empty: all that the environment offers."""
+    task: int = Field(default=0, ge=0)
+    """The held-out task whose world the tools work on, where the environment makes its worlds up."""
+    turns: int = Field(default=8, ge=1)
+    """Replies to one request: calls, and the answer."""
+    reply_tokens: int = Field(default=0, ge=0)
+    """Tokens of each reply, if the request names no limit; 0: `rollout.max_turn_tokens` of the run."""
+    seconds: float = Field(default=120.0, gt=0)
+    """For one request, all its replies and tools together."""
+    tool_seconds: float = Field(default=10.0, gt=0)
+    """For one call of a tool."""
+    tools_at_once: int = Field(default=16, ge=1)
+    """Plain (not `async`) tools that run at a time in each ingress replica; more wait, within their time."""
+    result_chars: int = Field(default=4000, ge=1)
+    """What the policy is told of a longer result is its beginning."""
+    audit_file: Path | None = None
+    """Every call is a JSON line in the log; and in this file as well."""
+    audit_arguments: bool = True
+    """Write what tools were called with, redacted; or only the names of it."""
+
+    @field_validator("audit_file")
+    @classmethod
+    def _absolute(cls, file: Path | None) -> Path | None:
+        if file is not None and not file.is_absolute():
+            raise ValueError("name an absolute path: replicas work in folders of their own")
+        return file
+
+
+class ConversationSettings(_Section):
+    """Conversations that the server keeps (`/v1/conversations`). Off while `store` is empty."""
+
+    store: str = Field(default="", pattern=r"^(|sqlite:////.+|rediss?://.+)$")
+    """`sqlite:////absolute/path` for one machine, `redis://HOST:PORT/0` for several (extra `redis`)."""
+    per_key: int = Field(default=1000, ge=1)
+    """Conversations of one key; more are refused."""
+    items: int = Field(default=256, ge=1)
+    """Messages of one conversation."""
+    chars: int = Field(default=500_000, ge=1)
+    """Characters of one conversation."""
+    idle_days: float = Field(default=30.0, gt=0)
+    """A conversation that was not used for so long is removed."""
+
+
 class ServeSettings(_Section):
     """All of an endpoint.
 
@@ -204,6 +254,8 @@ class ServeSettings(_Section):
     swap: SwapSettings = SwapSettings()
     autoscaling: AutoscalingSettings = AutoscalingSettings()
     transcripts: TranscriptSettings = TranscriptSettings()
+    agent: AgentSettings = AgentSettings()
+    conversations: ConversationSettings = ConversationSettings()
 
     @property
     def name(self) -> str:

@@ -20,15 +20,17 @@ class TextStream:
     Args:
         tokenizer: a Hugging Face tokenizer.
         stops: strings that end the reply; neither they nor what follows is part of it.
+        strip: whether space around the reply is no part of it, as in a conversation.
 
     Attributes:
         stopped: True once a stop string was found.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), *, strip: bool = True) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
+        self._strip = strip
         self._ids: list[int] = []
         # Only a window is decoded: from one whole character before what is new, because some tokenizers write
         # a token in another way at the beginning of a text.
@@ -55,7 +57,7 @@ class TextStream:
             return ""
         known = self._decode(self._ids[self._window : self._read])
         text = self._grow(self._decode(self._ids[self._window :])[len(known) :])
-        return text + self._release(len(self._raw.rstrip()))
+        return text + self._release(self._end())
 
     def _grow(self, text: str) -> str:
         self._window, self._read = self._read, len(self._ids)
@@ -66,8 +68,11 @@ class TextStream:
         if found:
             self.stopped = True
             self._raw = self._raw[: min(found)]
-            return self._release(len(self._raw.rstrip()))
-        return self._release(min(len(self._raw.rstrip()), len(self._raw) - self._pending()))
+            return self._release(self._end())
+        return self._release(min(self._end(), len(self._raw) - self._pending()))
+
+    def _end(self) -> int:
+        return len(self._raw.rstrip()) if self._strip else len(self._raw)
 
     def _pending(self) -> int:
         """Length of the longest end of the text that a stop string begins with."""
@@ -77,7 +82,7 @@ class TextStream:
         return 0
 
     def _release(self, end: int) -> str:
-        begin = max(self._sent, len(self._raw) - len(self._raw.lstrip()))
+        begin = max(self._sent, len(self._raw) - len(self._raw.lstrip()) if self._strip else 0)
         if end <= begin:
             return ""
         self._sent = end

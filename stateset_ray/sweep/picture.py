@@ -174,8 +174,8 @@ def _curves(
         if " " in line:
             parts.append(f'<polyline {_look(trial, low, high)} points="{line}"/>')
         elif line:
-            x, _, y = line.partition(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="#888"/>')
+            left, _, up = line.partition(",")
+            parts.append(f'<circle cx="{left}" cy="{up}" r="2.5" fill="#888"/>')
     return parts
 
 

@@ -31,7 +31,9 @@ from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
 from stateset_ray.serving.security import add_key
 from stateset_ray.serving.settings import (
+    AgentSettings,
     AutoscalingSettings,
+    ConversationSettings,
     PolicySettings,
     RateSettings,
     SecuritySettings,
@@ -43,6 +45,7 @@ from stateset_ray.types import Message
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
+SHOP = "stateset_ray.environments.customer_service:CustomerService"
 HI = [{"role": "user", "content": "hi"}]
 PATIENCE = 60.0  # seconds that anything may take on a busy machine
 
@@ -66,9 +69,9 @@ class Endpoint:
     run: Path
     keys: Path
 
-    def client(self, key: str | None = None) -> openai.OpenAI:
+    def client(self, key: str | None = None, below: str = "") -> openai.OpenAI:
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=0, timeout=PATIENCE
+            base_url=f"{self.url}/v1{below}", api_key=key or self.key, max_retries=0, timeout=PATIENCE
         )
 
     def replicas(self) -> list[dict]:
@@ -96,7 +99,9 @@ def endpoint(local_ray, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
     keys = folder / "keys.json"
     settings = ServeSettings(
-        source=str(new_run(folder / "shop", 512)),
+        source=str(new_run(folder / "shop", 512, f"environment.path={SHOP}")),
+        agent=AgentSettings(enabled=True, tools=("lookup",)),
+        conversations=ConversationSettings(store=f"sqlite:///{folder / 'kept.db'}"),
         policy=PolicySettings(replicas=2, threads=1, slots=4, ongoing=4, queued=4),
         swap=SwapSettings(poll_seconds=0.2),
         rates=RateSettings(requests="100000/minute", concurrent=1000),
@@ -179,7 +184,7 @@ def test_the_openai_client_unmodified(endpoint):
 def test_every_error_is_in_one_shape(endpoint):
     with endpoint.client() as ai:
         for error, code, more in (
-            (openai.BadRequestError, "unsupported_parameter", {"top_p": 0.5}),
+            (openai.BadRequestError, "unsupported_parameter", {"presence_penalty": 0.5}),
             (openai.BadRequestError, "unknown_parameter", {"extra_body": {"topk": 5}}),
             (openai.BadRequestError, "context_length_exceeded", {"max_tokens": 1000}),
             (openai.NotFoundError, "model_not_found", {"model": "x"}),
@@ -240,6 +245,40 @@ def test_what_was_trained_is_what_is_served(endpoint):
             )
             assert answer.choices[0].message.content == text
             talk += [{"role": "assistant", "content": text}, {"role": "user", "content": words}]
+
+
+def test_every_ingress_replica_has_the_same_conversations(endpoint):
+    said = ["hi"]
+    with endpoint.client() as ai:
+        made = ai.conversations.create(items=[{"type": "message", "role": "user", "content": "hi"}])
+    for place in range(4):
+        with endpoint.client() as ai:  # another connection, and so perhaps another replica
+            answer = ai.chat.completions.create(
+                model="shop", messages=[{"role": "user", "content": f"and {place}?"}], max_tokens=4,
+                extra_body={"conversation": made.id},
+            )  # fmt: skip
+            said += [f"and {place}?", answer.choices[0].message.content]
+            page = ai.conversations.items.list(made.id, order="asc")
+            assert [item.content[0].text for item in page.data] == said
+    with endpoint.client(endpoint.admin) as boss, pytest.raises(openai.NotFoundError):
+        boss.conversations.retrieve(made.id)
+
+
+def test_texts_and_agents_are_served_too(endpoint):
+    with endpoint.client() as ai:
+        asked = {"model": "shop", "max_tokens": 6, "temperature": 0}
+        alone = [ai.completions.create(prompt=text, **asked).choices[0].text for text in ("hi", "and?")]
+        both = ai.completions.create(prompt=["hi", "and?"], logprobs=2, **asked)
+        assert [choice.text for choice in both.choices] == alone
+    with endpoint.client(below="/agent") as stranger, pytest.raises(openai.PermissionDeniedError):
+        stranger.chat.completions.create(model="shop", messages=HI)
+    desk = add_key(endpoint.keys, "desk", agent=True)
+    with endpoint.client(desk, "/agent") as agent:
+        offered = agent.get("/tools", cast_to=dict)
+        assert [tool["name"] for tool in offered["data"]] == ["lookup"]
+        answer = agent.chat.completions.create(model="shop", messages=HI, max_tokens=4)
+        assert (answer.steps, answer.stopped) == ([], None)
+        assert answer.system_fingerprint.startswith("step-00000001-")
 
 
 def test_a_session_stays_with_its_replica(endpoint):

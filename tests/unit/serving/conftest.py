@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,3 +51,30 @@ def meters(recorders):
 def run(tmp_path):
     support = runpy.run_path(str(Path(__file__).with_name("support_checkpoints.py")))
     return support["new_run"](tmp_path / "shop", 128)
+
+
+@pytest.fixture(scope="session")
+def endpoint():
+    """What `support_endpoint.py` defines."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("support_endpoint.py"))))
+
+
+@pytest.fixture
+def held(hardware, endpoint):
+    from stateset_ray.serving.held_policy import load_policy
+    from stateset_ray.serving.source import Candidate
+
+    return load_policy(Candidate("tiny", "tiny-1", -1), endpoint.SETTINGS, hardware, 256, None)
+
+
+@pytest.fixture
+def policies(held, endpoint):
+    return endpoint.Local(held)
+
+
+@pytest.fixture
+def make(policies, meters, endpoint):
+    def made(settings=endpoint.SETTINGS):
+        return endpoint.gate(policies, meters, settings)
+
+    return made

@@ -26,11 +26,11 @@ def save(run: Path, step: int, scale: float = 1.0, extra: Mapping[str, bytes] | 
     return checkpoint.save(run / "checkpoints", step, write, meta=meta, keep=9)
 
 
-def new_run(folder: Path, max_context: int) -> Path:
-    """A run's folder with one checkpoint."""
+def new_run(folder: Path, max_context: int, *more: str) -> Path:
+    """A run's folder with one checkpoint; `more` are settings."""
     settings = ["model.name=tiny", "model.threads=1", "model.device=cpu"]
     folder.mkdir()
-    config = load_config(None, [*settings, f"rollout.max_context={max_context}"])
+    config = load_config(None, [*settings, f"rollout.max_context={max_context}", *more])
     (folder / "config.toml").write_text(config.to_toml())
     save(folder, 1)
     return folder

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stateset_ray.errors import InfrastructureFault
+from stateset_ray.policies.nucleus import Sampled
 from stateset_ray.serving import release
 from stateset_ray.serving.dispatch import PolicyLost, answered
 from stateset_ray.serving.events import Ask, Began, Ended
@@ -180,7 +181,7 @@ def test_a_canary_that_fails_is_noticed_by_nobody_and_ends(start, recorders):
         replica = await start(failures=2)
         special = session_of(canary=True)
 
-        async def broken(*_):
+        async def broken(*_, **__):
             raise InfrastructureFault("no finite probabilities")
 
         replica._canary.held.engine.reply = broken
@@ -202,8 +203,8 @@ def test_one_that_breaks_off_is_sent_elsewhere_to_no_canary(start):
         replica = await start()
         special = session_of(canary=True)
 
-        async def breaking(request, notice):
-            notice(5, -1.0)
+        async def breaking(request, notice, **_):
+            notice(Sampled(5, -1.0))
             await asyncio.sleep(0)
             raise InfrastructureFault("broken")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import runpy
 from contextlib import aclosing
+from pathlib import Path
 
 import httpx2
 import openai
@@ -19,103 +21,13 @@ from stateset_ray.rollout import rollout
 from stateset_ray.serving.answers import framed
 from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
 from stateset_ray.serving.events import Ask, Began, Ended, Refused
-from stateset_ray.serving.gate import Gate
-from stateset_ray.serving.held_policy import HeldPolicy, load_policy
-from stateset_ray.serving.rates import Rates
-from stateset_ray.serving.routes import routes
-from stateset_ray.serving.security import KeyRing, digest
-from stateset_ray.serving.settings import (
-    DeadlineSettings,
-    KeyEntry,
-    LimitSettings,
-    PolicySettings,
-    RateSettings,
-    SecuritySettings,
-    ServeSettings,
-)
-from stateset_ray.serving.source import Candidate
+from stateset_ray.serving.settings import DeadlineSettings, SecuritySettings
 from stateset_ray.types import Message
 
-KEY, ADMIN = "k" * 32, "a" * 32
-HI = [{"role": "user", "content": "hi"}]
+_SUPPORT = runpy.run_path(str(Path(__file__).with_name("support_endpoint.py")))
+KEY, ADMIN, HI, SETTINGS = (_SUPPORT[name] for name in ("KEY", "ADMIN", "HI", "SETTINGS"))
+client, raw = _SUPPORT["client"], _SUPPORT["raw"]
 BAD = openai.BadRequestError
-SETTINGS = ServeSettings(
-    source="tiny",
-    policy=PolicySettings(slots=4),
-    limits=LimitSettings(body_bytes=4096),
-    rates=RateSettings(requests="1000/minute", concurrent=3),
-    deadlines=DeadlineSettings(keep_alive=0.05),
-    security=SecuritySettings(
-        keys=(
-            KeyEntry(name="shop", sha256=digest(KEY)),
-            KeyEntry(name="boss", sha256=digest(ADMIN), scopes=("chat", "admin")),
-        )
-    ),
-)
-
-
-class Local:
-    """The policy in this process; implements `Policies`. What is in `faults` happens first, in order."""
-
-    def __init__(self, held: HeldPolicy) -> None:
-        self.held = held
-        self.faults: list[Exception] = []
-        self.asked: list[Ask] = []
-        self.hang: asyncio.Event | None = None
-
-    async def ask(self, ask):
-        self.asked.append(ask)
-        if self.faults:
-            raise self.faults.pop(0)
-        if self.hang is not None:
-            await self.hang.wait()
-        async with aclosing(self.held.answer(ask)) as answer:
-            async for events in answer:
-                yield events
-                if self.faults:
-                    raise self.faults.pop(0)
-
-    async def status(self):
-        return {"version": self.held.candidate.label}
-
-    async def statuses(self):
-        return [await self.status()]
-
-
-@pytest.fixture
-def held(hardware):
-    return load_policy(Candidate("tiny", "tiny-1", -1), SETTINGS, hardware, 256, None)
-
-
-@pytest.fixture
-def policies(held):
-    return Local(held)
-
-
-@pytest.fixture
-def make(policies, meters):
-    def made(settings=SETTINGS):
-        return Gate(
-            routes(settings, policies, meters), KeyRing(settings.security, {}), Rates(settings.rates),
-            settings, meters,
-        )  # fmt: skip
-
-    return made
-
-
-def client(gate, key=KEY):
-    transport = httpx2.ASGITransport(app=gate, raise_app_exceptions=False)
-    return openai.AsyncOpenAI(
-        base_url="http://localhost/v1", api_key=key, max_retries=0,
-        http_client=openai.DefaultAsyncHttpxClient(transport=transport),
-    )  # fmt: skip
-
-
-def raw(gate):
-    transport = httpx2.ASGITransport(app=gate, raise_app_exceptions=False)
-    return httpx2.AsyncClient(
-        transport=transport, base_url="http://localhost", headers={"authorization": f"Bearer {KEY}"}
-    )
 
 
 def test_train_serve_identity(make, policies, hardware):
@@ -130,9 +42,9 @@ def test_train_serve_identity(make, policies, hardware):
     prompts = []
     answer = policies.held.engine.reply
 
-    async def noted(request, *rest):
+    async def noted(request, *rest, **more):
         prompts.append(request.prompt_ids)
-        return await answer(request, *rest)
+        return await answer(request, *rest, **more)
 
     policies.held.engine.reply = noted
 
@@ -211,7 +123,8 @@ def test_stop_strings_and_seeds(make):
     ("more", "error", "code"),
     [
         ({"model": "other"}, openai.NotFoundError, "model_not_found"),
-        ({"top_p": 0.3}, BAD, "unsupported_parameter"),
+        ({"presence_penalty": 0.3}, BAD, "unsupported_parameter"),
+        ({"extra_body": {"conversation": "conv_x"}}, BAD, "unsupported_parameter"),
         ({"extra_body": {"best_of": 2}}, BAD, "unknown_parameter"),
         ({"max_tokens": 1000}, BAD, "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x" * 400}]}, BAD, "context_length_exceeded"),

@@ -18,6 +18,11 @@ LIMITS = LimitSettings()
 SOUND = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"order":  7}'}}
+BROKEN = CALL | {"function": {"name": "look", "arguments": "[]"}}
+
+
 def parse(**changes):
     return parse_chat(json.dumps(SOUND | changes).encode(), LIMITS)
 
@@ -37,18 +42,24 @@ def test_a_whole_request_is_read():
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         ],
     )  # fmt: skip
-    assert request.conversation() == (Message("system", "s"), Message("user", "ab"))
+    assert request.said() == (Message("system", "s"), Message("user", "ab"))
     assert (request.stops, request.reply_tokens, request.include_usage) == (("a", "b"), 5, True)
     assert parse(stop="x").stops == ("x",)
     assert parse(max_completion_tokens=7).reply_tokens == 7
+    assert (parse(top_p=1).top_p, parse(top_p=0.25).top_p, parse(top_logprobs=None).top_logprobs) == (
+        1,
+        0.25,
+        0,
+    )
+    assert parse(conversation="conv_1", messages=[]).session == "conv_1"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("top_p", 1), ("top_p", 1.0), ("presence_penalty", 0), ("tools", []), ("tool_choice", "none"),
+        ("presence_penalty", 0), ("tools", []), ("parallel_tool_calls", True),
         ("response_format", {"type": "text"}), ("store", False), ("top_logprobs", 0), ("logit_bias", {}),
-        ("top_p", None), ("anything_null", None), ("stop", None), ("seed", None),
+        ("anything_null", None), ("stop", None), ("seed", None),
     ],
 )  # fmt: skip
 def test_what_asks_for_nothing_is_honoured(name, value):
@@ -58,8 +69,8 @@ def test_what_asks_for_nothing_is_honoured(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("top_p", 0.5), ("top_p", True), ("presence_penalty", False), ("store", 0), ("tools", [{}]),
-        ("top_logprobs", 3), ("logit_bias", {"1": 2}), ("response_format", {"type": "json_object"}),
+        ("presence_penalty", 0.5), ("presence_penalty", False), ("store", 0),
+        ("logit_bias", {"1": 2}), ("response_format", {"type": "json_object"}),
         ("reasoning_effort", "high"), ("tool_choice", "required"), ("frequency_penalty", 1), ("audio", {}),
     ],
 )  # fmt: skip
@@ -84,6 +95,27 @@ def test_what_is_not_supported_is_refused_by_name(name, value):
         ),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "invalid_parameter", "messages"),
         ({"n": True}, "invalid_parameter", "n"),
+        ({"tools": [{}]}, "missing_parameter", "tools[0].type"),
+        ({"tools": [TOOL | {"type": "web_search"}]}, "invalid_parameter", "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]},
+         "invalid_parameter", "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]},
+         "invalid_parameter", "tools[0].function.strict"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "unsupported_parameter", "parallel_tool_calls"),
+        ({"tools": [TOOL], "conversation": "c"}, "unsupported_parameter", "tools"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}], "tools": [TOOL]},
+         "invalid_parameter", "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}], "tools": [TOOL]},
+         "invalid_parameter", "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
+         "invalid_parameter", "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [BROKEN]}], "tools": [TOOL]},
+         "invalid_parameter", "messages[0].tool_calls"),
+        ({"top_p": True}, "invalid_parameter", "top_p"),
+        ({"top_p": 1.1}, "invalid_parameter", "top_p"),
+        ({"top_logprobs": 3}, "invalid_parameter", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_parameter", "top_logprobs"),
+        ({"conversation": "c", "n": 2}, "invalid_parameter", "n"),
         ({"n": 1.0}, "invalid_parameter", "n"),
         ({"n": 0}, "invalid_parameter", "n"),
         ({"n": 9}, "limit_exceeded", "n"),
@@ -110,6 +142,19 @@ def test_what_is_wrong_is_refused_by_name(changes, code, param):
     if code is not None:
         assert (error.code, error.param) == (code, param)
     assert "http://x" not in error.message
+
+
+def test_calls_of_tools_are_read_as_the_policy_wrote_them():
+    talk = [
+        {"role": "user", "content": "where?"},
+        {"role": "assistant", "content": "Hm.", "tool_calls": [CALL, CALL | {"id": "2"}]},
+        {"role": "tool", "content": "here", "tool_call_id": "2"},
+    ]
+    request = parse(messages=talk, tools=[TOOL])
+    block = '<tool_call>\n{"name": "look", "arguments": {"order": 7}}\n</tool_call>'
+    assert request.said()[1:] == (Message("assistant", f"Hm.\n{block}\n{block}"), Message("tool", "here"))
+    assert json.loads(request.offered) == [TOOL]
+    assert parse(tools=[TOOL], tool_choice="none").offered == ""
 
 
 @pytest.mark.parametrize(
@@ -146,7 +191,7 @@ def test_hostile_bodies_cost_little(body):
 
 
 def test_brackets_in_strings_are_no_depth():
-    assert parse(messages=[{"role": "user", "content": "[[[[{{{{" * 99 + '\\"'}]).conversation()
+    assert parse(messages=[{"role": "user", "content": "[[[[{{{{" * 99 + '\\"'}]).said()
 
 
 def test_the_limits_hold():

@@ -1,0 +1,137 @@
+"""The tools of an agent: whose they are, which of them it may call, and how long they may take.
+
+Who waits for whom: a request for its tool, within that tool's time; plain tools for a thread. A tool that was
+begun is not cut short because a client leaves: it ends by itself or by its time, and is written down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from stateset_ray.environments.base import build_environment
+from stateset_ray.environments.tools import Tool, Toolbox, ToolSyntaxError
+from stateset_ray.errors import ConfigError
+from stateset_ray.serving.audit import Audit
+from stateset_ray.serving.events import Stepped
+from stateset_ray.serving.meters import Meters
+from stateset_ray.serving.settings import AgentSettings, ServeSettings
+from stateset_ray.serving.source import Source
+from stateset_ray.types import Message, ToolCall
+
+__all__ = ["Tools", "load_tools"]
+
+_NAME = 64  # characters of a tool's name that are told; it may be whatever a model wrote
+
+
+def load_tools(settings: ServeSettings) -> Toolbox:
+    """The tools of the environment that the source was trained in.
+
+    Raises:
+        ConfigError: it has none, or not those that are allowed.
+    """
+    found = Source(settings.source).config().environment
+    environment = build_environment(found.path, found.options)
+    toolbox = environment.toolbox(environment.task("heldout", settings.agent.task))
+    offered = [tool.name for tool in toolbox.tools]
+    if missing := [name for name in settings.agent.tools if name not in offered]:
+        raise ConfigError(
+            "agent.tools names what the environment does not offer", given=missing,
+            mend=f"it offers {', '.join(offered)}",
+        )  # fmt: skip
+    return toolbox
+
+
+class Tools:
+    """A toolbox behind its limits.
+
+    Args:
+        toolbox: from `load_tools`.
+        settings: which tools are allowed, and how long each may take.
+        meters: where calls are counted.
+        audit: where calls are written down.
+
+    Attributes:
+        system: the prompt that the policy was trained with.
+        allowed: the tools that may be called.
+    """
+
+    def __init__(self, toolbox: Toolbox, settings: AgentSettings, meters: Meters, audit: Audit) -> None:
+        self._toolbox = toolbox
+        self._settings = settings
+        self._meters = meters
+        self._audit = audit
+        self._threads = ThreadPoolExecutor(settings.tools_at_once, thread_name_prefix="tool")
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self.system = toolbox.system
+        self.allowed: tuple[Tool, ...] = tuple(
+            tool for tool in toolbox.tools if not settings.tools or tool.name in settings.tools
+        )
+
+    async def take(self, step: Stepped, *, request: str, caller: str, seconds: float) -> Stepped | None:
+        """What a reply asks for, done; None if it asks for nothing and is the answer.
+
+        Args:
+            step: with the reply as its only message of substance.
+            request: its id, for the log.
+            caller: the name of the API key.
+            seconds: that are left for it.
+        """
+        try:
+            call = self._toolbox.read(step.messages[0].content)
+            if call is None:
+                return None
+            step = replace(step, tool=call.name[:_NAME], arguments=call.arguments)
+            if call.name not in {tool.name for tool in self.allowed}:
+                names = ", ".join(tool.name for tool in self.allowed)
+                raise ToolSyntaxError(f"no tool {call.name[:40]}", given=call, mend=f"use {names}")
+        except ToolSyntaxError as error:
+            outcome = "not allowed" if step.tool else "malformed"
+            return self._noted(_told(step, error.correction, outcome), request, caller)
+        # Its own task: what changes something in the world must end as a whole, and be written down.
+        limit = min(seconds, self._settings.tool_seconds)
+        task = asyncio.create_task(self._carry_out(step, call, request, caller, limit))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+    async def _carry_out(
+        self, step: Stepped, call: ToolCall, request: str, caller: str, limit: float
+    ) -> Stepped:
+        started, problem = time.monotonic(), ""
+        try:
+            async with asyncio.timeout(max(0.0, limit)):
+                text = await self._call(call, caller)
+            if not isinstance(text, str):
+                raise TypeError(f"a tool must give text, not {type(text).__name__}")
+            # Half of a character, which no tokenizer takes, may come from anywhere.
+            text = text[: self._settings.result_chars].encode("utf-8", "replace").decode()
+            step = _told(step, text, "done")
+        except TimeoutError:
+            step = _told(step, "error: the tool took too long", "timeout")
+        except Exception as error:  # whatever its author chose; nobody outside is told
+            problem = type(error).__name__
+            step = _told(step, "error: the tool failed", "failed")
+        return self._noted(replace(step, seconds=time.monotonic() - started), request, caller, problem)
+
+    async def _call(self, call: ToolCall, caller: str) -> Any:
+        if inspect.iscoroutinefunction(self._toolbox.call):
+            return await self._toolbox.call(call, caller)
+        loop = asyncio.get_running_loop()
+        result = await loop.run_in_executor(self._threads, self._toolbox.call, call, caller)
+        return await result if inspect.isawaitable(result) else result
+
+    def _noted(self, step: Stepped, request: str, caller: str, problem: str = "") -> Stepped:
+        known = step.tool if step.tool in {tool.name for tool in self.allowed} else "other"
+        self._meters.add("tool_calls", 1, tool=known, outcome=step.outcome)
+        self._meters.observe("tool_seconds", step.seconds, tool=known)
+        self._audit.write(step, request=request, key=caller, problem=problem)
+        return step
+
+
+def _told(step: Stepped, text: str, outcome: str) -> Stepped:
+    return replace(step, outcome=outcome, messages=(step.messages[0], Message("tool", text)))

@@ -1,0 +1,67 @@
+"""Who let the policy do what: one JSON line for each call of a tool."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+from pathlib import Path
+
+from stateset_ray.serving.events import Stepped
+from stateset_ray.serving.redaction import redact
+
+__all__ = ["Audit"]
+
+_log = logging.getLogger("ray.serve")
+_LONGEST = 200  # characters of an argument
+
+
+class Audit:
+    """Writes the lines.
+
+    Args:
+        file: where they go besides the log; appended to, made with mode 0600.
+        arguments: write what tools were called with, or only the names of it.
+    """
+
+    def __init__(self, file: Path | None, *, arguments: bool) -> None:
+        self._file = file
+        self._arguments = arguments
+
+    def write(self, step: Stepped, *, request: str, key: str, problem: str) -> None:
+        """Write down one call.
+
+        Args:
+            problem: the kind of error that the tool raised.
+        """
+        line = json.dumps(
+            {
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+                "request": request,
+                "key": key,
+                "tool": redact(step.tool),
+                "arguments": {
+                    redact(name[:_LONGEST]): redact(value[:_LONGEST])
+                    for name, value in step.arguments.items()
+                }
+                if self._arguments
+                else sorted(redact(name[:_LONGEST]) for name in step.arguments),
+                "outcome": step.outcome,
+                "problem": problem,
+                "seconds": round(step.seconds, 6),
+                "version": step.version,
+            }
+        )
+        _log.info("tool call %s", line, extra={"request": request})
+        if self._file is None:
+            return
+        try:
+            # Opened anew each time, so that a file that was moved away to be kept is followed by another.
+            place = os.open(self._file, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o600)
+            try:
+                os.write(place, line.encode() + b"\n")
+            finally:
+                os.close(place)
+        except OSError as error:
+            _log.error("the audit file cannot be written: %s", error.strerror)

@@ -1,0 +1,101 @@
+"""Requests made up from the endpoint's own OpenAPI document: none makes the server fail."""
+
+from __future__ import annotations
+
+import runpy
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from stateset_ray.serving.settings import (
+    AgentSettings,
+    ConversationSettings,
+    LimitSettings,
+    PolicySettings,
+    RateSettings,
+)
+
+schemathesis = pytest.importorskip(
+    "schemathesis", reason="schemathesis is not installed (pip install schemathesis)"
+)
+uvicorn = pytest.importorskip("uvicorn")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+_HERE = Path(__file__)
+_SUPPORT = runpy.run_path(str(_HERE.with_name("support_endpoint.py")))
+_RUNS = runpy.run_path(str(_HERE.with_name("support_checkpoints.py")))
+_SHOP = "stateset_ray.environments.customer_service:CustomerService"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("openapi")
+
+
+@pytest.fixture(scope="module")
+def url(hardware, folder):
+    """Everything that can be switched on, behind a real server."""
+    from stateset_ray.serving.held_policy import load_policy
+    from stateset_ray.serving.meters import Meters
+    from stateset_ray.serving.source import Candidate
+
+    class Nowhere:
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    made = _SUPPORT["SETTINGS"].model_copy(
+        update={
+            "source": str(_RUNS["new_run"](folder / "shop", 512, f"environment.path={_SHOP}")),
+            "policy": PolicySettings(slots=4, max_reply_tokens=4),
+            "limits": LimitSettings(),
+            "rates": RateSettings(requests="1000000/minute"),
+            "agent": AgentSettings(enabled=True, turns=2),
+            "conversations": ConversationSettings(store=f"sqlite:///{folder / 'kept.db'}", per_key=10**6),
+        }
+    )
+    held = load_policy(Candidate("tiny", "tiny-1", -1), made, hardware, 512, None)
+    gate = _SUPPORT["gate"](_SUPPORT["Local"](held), Meters(lambda metric: Nowhere()), made)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    server = uvicorn.Server(uvicorn.Config(gate, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    end = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def document(url):
+    key = {"authorization": f"Bearer {_SUPPORT['ROOT']}"}
+    return schemathesis.openapi.from_url(f"{url}/openapi.json", headers=key)
+
+
+schema = schemathesis.pytest.from_fixture("document")
+
+
+@schema.parametrize()
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
+def test_no_request_is_a_failure_of_the_server(case):
+    answer = case.call(headers={"authorization": f"Bearer {_SUPPORT['ROOT']}"})
+    assert answer.status_code < 500, answer.text
+    kind = answer.headers["content-type"][0].partition(";")[0]
+    assert kind in ("application/json", "text/event-stream")
+    if answer.status_code >= 400:
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+    if kind == "text/event-stream":
+        assert answer.text.rstrip().endswith("data: [DONE]")
+        assert '"type":"server_error"' not in answer.text
