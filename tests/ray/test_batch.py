@@ -82,7 +82,25 @@ def test_a_batch_that_was_interrupted_goes_on_and_does_nothing_twice(tmp_path: P
         batch(config.with_overrides(["evaluate.temperature=0"]), source, out, "generate")
 
 
-def test_batch_rollout_and_endpoint_give_the_same_greedy_reply(tmp_path: Path) -> None:
+@pytest.fixture
+def talker(tmp_path: Path) -> str:
+    """A model of tiny's shape whose greedy replies say something: tiny's own repeat half of a letter."""
+    import torch
+
+    from stateset_ray.models import choose_hardware, load_model, load_tokenizer
+
+    model = load_model("tiny", choose_hardware(small(tmp_path).model, 0, 1))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "talker")
+    load_tokenizer("tiny").save_pretrained(tmp_path / "talker")
+    return str(tmp_path / "talker")
+
+
+def test_batch_rollout_and_endpoint_give_the_same_greedy_reply(tmp_path: Path, talker: str) -> None:
     from stateset_ray.models import choose_hardware
     from stateset_ray.rollout import rollout
     from stateset_ray.serving.events import Ask, Piece
@@ -90,25 +108,32 @@ def test_batch_rollout_and_endpoint_give_the_same_greedy_reply(tmp_path: Path) -
     from stateset_ray.serving.settings import ServeSettings
     from stateset_ray.serving.source import Candidate
 
-    config = small(tmp_path, "evaluate.temperature=0", "rollout.max_turn_tokens=16", "rollout.max_turns=1")
-    environment = Echo()
-    task = environment.task("heldout", 5)
+    config = small(
+        tmp_path, f'model.name="{talker}"', "evaluate.temperature=0", "rollout.max_turn_tokens=16",
+        "rollout.max_turns=1",
+    )  # fmt: skip
     hardware = choose_hardware(config.model, 0, 1)
-    held = load_policy(Candidate("tiny", "tiny", -1), ServeSettings(source="tiny"), hardware, 96, None)
+    held = load_policy(Candidate(talker, "talker", -1), ServeSettings(source=talker), hardware, 96, None)
 
-    async def elsewhere() -> tuple[str, str, list[Message]]:
-        game = await rollout(
-            environment, task, held.engine, held.renderer, config.rollout, id="t", seed=0, temperature=0.0
-        )
-        ask = Ask("a", "", "", game.messages[:1], 16, 0.0, 0)
-        events = [event async for several in held.answer(ask) for event in several]
+    async def elsewhere() -> list[tuple[Message, str, str]]:
+        """(what was asked, what a rollout replied, what the endpoint replied)"""
+        found = []
+        for index in range(4):
+            task, id = Echo().task("heldout", index), f"t{index}"
+            game = await rollout(
+                Echo(), task, held.engine, held.renderer, config.rollout, id=id, seed=index, temperature=0.0
+            )
+            ask = Ask(id, "", "", game.messages[:1], 16, 0.0, 0)
+            events = [event async for several in held.answer(ask) for event in several]
+            said = "".join(event.text for event in events if isinstance(event, Piece))
+            found.append((game.messages[0], game.messages[1].content, said))
         await held.engine.close()
-        said = "".join(event.text for event in events if isinstance(event, Piece))
-        return game.messages[1].content, said, list(game.messages[:1])
+        return found
 
-    played, served, opening = asyncio.run(elsewhere())
-    [row] = Replier(config, 1).answer([Row("a", tuple(opening))])
-    assert row["message"]["content"] == played == served != ""
+    asked, played, served = zip(*asyncio.run(elsewhere()), strict=True)
+    rows = Replier(config, 1).answer([Row(i, (message,)) for i, message in enumerate(asked)])
+    assert [row["message"]["content"] for row in rows] == list(played) == list(served)
+    assert len(set(played)) > 1
 
 
 def test_scores_are_the_models_own_log_probabilities(tmp_path: Path) -> None:
