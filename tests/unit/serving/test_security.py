@@ -32,7 +32,7 @@ def refused(ring: KeyRing, authorization: str | None) -> ApiError:
 def test_without_keys_nobody_is_let_in():
     with pytest.raises(ConfigError, match="no API key"):
         KeyRing(SecuritySettings(), {})
-    assert KeyRing(SecuritySettings(open=True), {}).caller(None).scopes == {"chat"}
+    assert KeyRing(SecuritySettings(open=True), {}).caller(None).scopes == {"chat", "agent"}
 
 
 def test_a_key_closes_what_was_open():

@@ -95,7 +95,7 @@ def test_openais_client_gets_completions(make, held):
         assert whole.usage.completion_tokens == sum(len(c.logprobs.tokens) for c in whole.choices)
         for choice in whole.choices:
             logprobs = choice.logprobs
-            assert choice.text == "".join(logprobs.tokens)  # nothing is stripped
+            assert "\ufffd" in choice.text or choice.text == "".join(logprobs.tokens)  # nothing is stripped
             begins = [len("".join(logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
             assert logprobs.text_offset == begins
             # Tokens that are parts of characters have one text.

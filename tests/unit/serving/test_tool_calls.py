@@ -27,10 +27,12 @@ from stateset_ray.types import Message
 _SUPPORT = runpy.run_path(str(Path(__file__).with_name("support_endpoint.py")))
 client = _SUPPORT["client"]
 
+NEWLINE = "{{ '\\n' }}"  # a plain one after a block would be taken away
 HERMES = (
-    "{% if tools %}<|im_start|>system\nCall <tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n"
-    "</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}\n{% endif %}<tool_call>\n"
+    "{% if tools %}<|im_start|>system\nCall <tools>{% for tool in tools %}" + NEWLINE + "{{ tool | tojson }}"
+    "{% endfor %}" + NEWLINE + "</tools><|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{% if m.content or not loop.first %}" + NEWLINE + "{% endif %}<tool_call>\n"
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
