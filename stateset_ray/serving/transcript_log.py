@@ -66,7 +66,7 @@ class TranscriptLog:
             ) from error
 
     def samples(self, ask: Ask) -> bool:
-        """Whether this conversation is in the sample: all of its turns are, or none. A bare prompt is none."""
+        """Whether this conversation is in the sample: all of its turns are, or none. Bare prompts are not."""
         return ask.prompt is None and falls_to("transcripts", self._settings.share, ask.session or ask.id)
 
     def add(self, ask: Ask, version: str, texts: list[str], ended: list[Ended]) -> None:
