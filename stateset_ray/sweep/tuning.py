@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
@@ -185,14 +185,10 @@ class OptunaSearcher(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Write what a resumed sweep goes on with."""
-        from ray import cloudpickle
-
         Path(checkpoint_path).write_bytes(cloudpickle.dumps((self._study, self._asked)))
 
     def restore(self, checkpoint_path: str) -> None:
         """Go on with what was written."""
-        from ray import cloudpickle
-
         self._study, self._asked = cloudpickle.loads(Path(checkpoint_path).read_bytes())
 
 
@@ -264,13 +260,19 @@ class Watch(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed and goes on from its last checkpoint."""
-        error = told(trial.get_pickled_error())
+        error = _failure(trial)
         self._emit("trial_recovers", trials, trial, failures=trial.num_failures, error=error)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for good."""
-        error = told(trial.get_pickled_error())
+        error = _failure(trial)
         self._emit("trial_failed", trials, trial, failures=trial.num_failures, error=error)
+
+
+def _failure(trial: Any) -> str:
+    """Why a trial has failed just now: what Tune wrote down here, before it is where its books lie."""
+    path = Path(trial.pickled_error_file or "")
+    return told(cloudpickle.loads(path.read_bytes())) if path.is_file() else "see its error.txt"
 
 
 def told(error: BaseException | None) -> str:
