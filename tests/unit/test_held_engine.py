@@ -27,6 +27,7 @@ class Engine:
         self.version, self.stats, self.dead = 0, EngineStats(), False
         self.weights: list[torch.Tensor] = []
         self.half, self.go_on = asyncio.Event(), asyncio.Event()
+        self.begun = 0
 
     async def reply(self, request: ReplyRequest) -> Reply:
         if self.dead:
@@ -35,6 +36,7 @@ class Engine:
 
     async def load_weights(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
         one, other = (tensor.clone() for tensor in tensors.values())
+        self.begun += 1
         self.weights = [one]
         self.half.set()
         await self.go_on.wait()
@@ -72,6 +74,7 @@ def test_who_asked_for_weights_may_leave_and_they_are_taken_whole(tmp_path: Path
         assert not other.done()  # what is there is half of the weights
         engine.go_on.set()
         await other
+        assert engine.begun == 1  # what was begun was ended, and not begun again
         assert [tensor.tolist() for tensor in engine.weights] == [[3.0, 3.0]] * 2
         assert (await holder.reply(REQUEST)).policy_version == 3
 

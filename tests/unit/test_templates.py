@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stateset_ray.errors import TemplateError
 from stateset_ray.grpo.samples import samples
-from stateset_ray.policies.renderer import Renderer
+from stateset_ray.policies.renderer import Renderer, characters
 from stateset_ray.types import Message, StopReason
 
 support = runpy.run_path(str(Path(__file__).with_name("support_templates.py")))
@@ -233,6 +233,14 @@ def test_the_audit_knows_what_rewrites(name):
     fam = family(name)
     assert fam.renderer.rewrites_history == fam.rewrites
     assert not fam.rewrites or name in ("qwen3", "qwen3_thinking", "deepseek", "mistral_last")
+
+
+@every_template
+def test_a_prompt_says_more_characters_than_it_has_tokens_but_no_more_than_they_can_hold(name):
+    fam = family(name)
+    said = [Message("user", "Where is my order? The order number, please. " * 20)]
+    tokens = len(fam.renderer.opening(said))
+    assert tokens < characters(said) <= tokens * fam.renderer.longest_token
 
 
 @every_template
