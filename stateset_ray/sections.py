@@ -83,9 +83,15 @@ class ModelConfig(Section):
 
 
 class EnvironmentConfig(Section):
-    """Which environment is played, by import path `package.module:Class`, and its options."""
+    """Which environment is played, by import path `package.module:Class`, and its options.
 
-    path: str = Field(default="stateset_ray.environments.echo:Echo", pattern=r"^[\w.]+:[A-Za-z_]\w*$")
+    `gymnasium:Id-v0` is one of gymnasium, with text for observations and actions.
+    """
+
+    path: str = Field(
+        default="stateset_ray.environments.echo:Echo",
+        pattern=r"^(gymnasium:([\w.]+:)?[\w./-]+|[\w.]+:[A-Za-z_]\w*)$",
+    )
     options: Mapping[str, Any] = Field(default_factory=dict)
 
 

@@ -78,6 +78,7 @@ LIBRARIES: dict[int | str, set[str]] = {
     "checkpoint": {"filelock"},
     "dataset": {"filelock", "pyarrow"},
     "doctor": {"torch", "transformers", "deepspeed"},
+    "environments.gymnasium_text": {"gymnasium"},
     "grpo.divergence": {"torch"},
     "grpo.loss": {"torch"},
     "grpo.surrogate": {"torch"},

@@ -29,6 +29,9 @@ __all__ = [
     "load_environment",
 ]
 
+_NAMED = {"gymnasium": "stateset_ray.environments.gymnasium_text"}
+"""Ecosystems whose environments have ids: `gymnasium:Id`. `named(id)` of the module gives their class."""
+
 
 class Environment(ABC):
     """One conversation partner with its world: a simulated user, tools, rewards.
@@ -117,10 +120,15 @@ def _is_async(function: Any) -> bool:
 def load_environment(path: str, options: Mapping[str, Any]) -> type[Environment]:
     """The environment class at `package.module:Class`, with its options checked against `__init__`.
 
+    `gymnasium:Id` is the environment that gymnasium knows by that id (`environments.gymnasium_text`).
+
     Raises:
         ConfigError: the module or class does not exist, is no Environment, or does not take an option.
     """
     module_name, _, class_name = path.partition(":")
+    if adapter := _NAMED.get(module_name):
+        of_id: type[Environment] = importlib.import_module(adapter).named(class_name)
+        return of_id
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
