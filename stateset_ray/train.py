@@ -21,7 +21,7 @@ from stateset_ray.actors.run import OnEvent, Run, open_run
 from stateset_ray.config import Config
 from stateset_ray.errors import ConfigError, LearnerLost, RunError
 
-__all__ = ["Clock", "TrainStep", "advance", "train", "train_step"]
+__all__ = ["Clock", "TrainStep", "advance", "prepare", "train", "train_step", "warm_start"]
 
 TrainStep = Callable[[Run, int], Mapping[str, float]]
 """One turn of the circle: collect, learn, publish."""
@@ -63,7 +63,7 @@ def train(
 
 
 def _to_the_end(run: Run, take_step: TrainStep) -> dict[str, Any]:
-    _prepare(run)
+    prepare(run)
     for step in run.steps():
         take_step(run, step)
     run.evaluate("after")
@@ -81,7 +81,7 @@ def advance(run: Run, take_step: TrainStep) -> Mapping[str, float]:
     wanted = run.step + 1
     while True:
         try:
-            _prepare(run)
+            prepare(run)
             update: Mapping[str, float] = {}
             while run.step < wanted:
                 update = take_step(run, run.step)
@@ -106,24 +106,32 @@ def train_step(run: Run, step: int) -> Mapping[str, float]:
     return update
 
 
-def _prepare(run: Run) -> None:
+def prepare(run: Run) -> None:
     """What comes before GRPO: evaluate, warm-start, evaluate again; what a resumed run has done stays."""
     if run.step:
         run.evaluate_if_due()
         return
-    warm_start = run.config.train.warm_start
-    if warm_start.steps and not run.results.get("warm_started"):
+    wanted = run.config.train.warm_start.steps
+    if wanted and not run.results.get("warm_started"):
         run.evaluate("untrained")
-        for step in range(warm_start.steps):
-            _supervised_step(run, step)
-        run.publish(run.version)
-        if run.config.grpo.kl_coef:
-            run.learners.refresh_reference()  # a KL holds GRPO to what it began with
-        run.results["warm_started"] = warm_start.steps
+        warm_start(run)
     if "heldout_before" not in run.results:
         run.evaluate("before")
-        if warm_start.steps:
+        if wanted:
             run.save()
+
+
+def warm_start(run: Run) -> None:
+    """Take the supervised steps of `train.warm_start` and publish, unless the run has them behind it."""
+    wanted = run.config.train.warm_start.steps
+    if run.step or not wanted or run.results.get("warm_started"):
+        return
+    for step in range(wanted):
+        _supervised_step(run, step)
+    run.publish(run.version)
+    if run.config.grpo.kl_coef:
+        run.learners.refresh_reference()  # a KL holds GRPO to what it began with
+    run.results["warm_started"] = wanted
 
 
 def _supervised_step(run: Run, step: int) -> None:

@@ -40,6 +40,9 @@ class LearnerGroup:
     Args:
         config: of the run.
         make: creates the actor of a rank, in the bundle that belongs to it.
+
+    Attributes:
+        fresh: whether the ranks have neither learned nor loaded anything; only then can they load.
     """
 
     def __init__(self, config: Config, make: Callable[[int], Any]) -> None:
@@ -48,6 +51,7 @@ class LearnerGroup:
         self._ranks: list[Any] = []
         self.pids: list[int] = []
         self.restarts = 0
+        self.fresh = True
 
     def start(self) -> None:
         """Create the ranks and let them meet.
@@ -73,6 +77,7 @@ class LearnerGroup:
 
     def _meet(self) -> None:
         limit = self._config.cluster.wait_seconds
+        self.fresh = True
         self._ranks = [self._make(rank) for rank in range(self._config.learner.ranks)]
         found = get(
             [r.where.remote() for r in self._ranks], timeout=limit,
@@ -109,6 +114,7 @@ class LearnerGroup:
             LearnerLost: a rank died; all ranks have been ended.
             LearnerError: the ranks cannot learn from this; all ranks have been ended.
         """
+        self.fresh = False
         refs = list(dict.fromkeys(s.payload for update in updates for s in update.samples))
         where = {ref: i for i, ref in enumerate(refs)}
         learner = self._config.learner
@@ -178,6 +184,7 @@ class LearnerGroup:
 
     def load(self, folder: Path) -> None:
         """Continue all ranks from a checkpoint."""
+        self.fresh = False
         self._all([rank.load.remote(str(folder.absolute())) for rank in self._ranks], "a checkpoint's state")
 
     def end(self) -> None:

@@ -54,6 +54,8 @@ class Run:
         version: of the policy; rises by one with every applied optimizer step, warm start included.
         kl_coef: weight of the KL to the reference, where it is steered to `grpo.kl_target`.
         results: what `summary.json` and checkpoints carry (held-out rewards and so on).
+        rewinds: how often a checkpoint of elsewhere took the place of what the run had done.
+        watch: called with what each step has played and learned from, while that can still be fetched.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Run:
         self.version = 0
         self.kl_coef = config.grpo.kl_coef
         self.results: dict[str, Any] = {}
+        self.rewinds = 0
+        self.watch: Callable[[Collected, Batch], None] = lambda collected, batch: None
         self._environment = environment
         self._meter = meter
         self._metrics = JsonLines(folder / "metrics.jsonl")
@@ -133,18 +137,19 @@ class Run:
     def publish(self, version: int) -> None:
         """Make the learners' weights the ones that every worker answers with, from its next turn on."""
         self.pool.weights = None  # the object store need not hold the old version beside the new one
-        self.pool.weights = self.learners.publish(version, self.learners.restarts)
+        self.pool.weights = self.learners.publish(version, self.learners.restarts + self.rewinds)
         if self.config.publish.transport == "collective":
             self.pool.announce()  # a broadcast is for all at once
         self.version = version
 
-    def evaluate(self, name: str) -> None:
+    def evaluate(self, name: str) -> Evaluation | None:
         """Evaluate the published weights on held-out tasks, and note the result as `heldout_<name>`."""
         if not self.config.evaluate.tasks:
-            return
+            return None
         started = time.monotonic()
         result = evaluate_heldout(self.pool, self._environment, self.config, self._stop.is_set)
         self._note_evaluation(name, result, time.monotonic() - started)
+        return result
 
     def evaluate_if_due(self) -> None:
         """Evaluate every `train.evaluate_every` steps, once."""
@@ -167,6 +172,7 @@ class Run:
         record["warnings"] = [problem.name for problem in problems]
         self._metrics.append(record)
         self._log_trajectories(collected)
+        self.watch(collected, batch)
         for problem in problems:
             self.emit("warning", step=self.step, **problem.as_dict())
         self._ahead.finish(self.step)
@@ -312,12 +318,15 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda _: None) -> Iterator[Run]:
+def open_run(
+    config: Config, *, resume: bool = False, on_event: OnEvent = lambda _: None, signals: bool = True
+) -> Iterator[Run]:
     """Open everything a run needs, in the order in which errors are cheapest, and close it again.
 
     Args:
         resume: continue the run of this name instead of starting a new one. A new run whose name is
             taken gets a number.
+        signals: end at a safe point on Ctrl-C or SIGTERM; False leaves them to who drives the run.
 
     Raises:
         StatesetError: what is wrong, and how to mend it.
@@ -342,7 +351,8 @@ def open_run(config: Config, *, resume: bool = False, on_event: OnEvent = lambda
         if config.publish.transport == "folder":
             check_shared(learners, pool.receivers, root_of(config), config.cluster.wait_seconds)
         run = Run(config, folder, environment, pool, learners, meter, on_event)
-        stack.enter_context(_stopping(run))
+        if signals:
+            stack.enter_context(_stopping(run))
         if resume:
             run.restore()
         run.publish(run.version)
