@@ -65,7 +65,7 @@ class GymnasiumText(Environment):
         self._id, self._kwargs, self._config, self._spec = id, dict(kwargs or {}), config, spec
         self._system, self._invalid_reward = system, invalid_reward
         self._env: Any = None
-        key = repr((id, self._kwargs, config, spec))
+        key = repr((type(self).__name__, id, self._kwargs, config, spec))
         if key not in _found_good:
             env = self._make()
             try:
@@ -78,9 +78,8 @@ class GymnasiumText(Environment):
         """Make the environment and reset it with the task's seed; its observation opens the conversation."""
         self._env = self._make()
         observation, info = self._env.reset(seed=task.seed % _SEEDS)
-        opening = (Message("user", observation),)
-        if self._system:
-            opening = (Message("system", self._system), *opening)
+        system = (Message("system", self._system),) if self._system else ()
+        opening = (*system, Message("user", observation))
         return Step(opening, info=_plain(info))
 
     def step(self, message: Message) -> Step:
