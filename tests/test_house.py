@@ -89,7 +89,7 @@ LIBRARIES: dict[int | str, set[str]] = {
     "offline_models": {"torch", "transformers", "tokenizers", "filelock"},
     "packing": {"pathspec"},
     "policies.vllm": {"vllm"},
-    "rllib": {"gymnasium", "torch"},
+    "rllib": {"gymnasium", "pyarrow", "pydantic"},
     "storage": {"fsspec"},
     "serving": {"fastapi", "limits", "redis", "starlette", "yaml"},
     "sweep": {"optuna", "pydantic"},
