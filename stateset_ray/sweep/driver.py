@@ -99,8 +99,9 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in [name for name, value in before.items() if value is None]:
-            del os.environ[name]
+        for name, previous in before.items():
+            if previous is None:
+                del os.environ[name]
 
 
 def _outcome(plan: Plan, folder: Path, result: Any) -> Outcome:

@@ -174,8 +174,8 @@ def _curves(
         if " " in line:
             parts.append(f'<polyline {_look(trial, low, high)} points="{line}"/>')
         elif line:
-            left, _, up = line.partition(",")
-            parts.append(f'<circle cx="{left}" cy="{up}" r="2.5" fill="#888"/>')
+            across, _, down = line.partition(",")
+            parts.append(f'<circle cx="{across}" cy="{down}" r="2.5" fill="#888"/>')
     return parts
 
 
