@@ -62,7 +62,7 @@ def batch(
 
         # Actors may print; with --json, standard output holds the result and nothing else.
         with redirect_stdout(sys.stderr) if as_json else nullcontext(), moving:
-            mode = chosen[0] if chosen else "generate"
+            mode: Mode = chosen[0] if chosen else "generate"
             result = work(settings, source, output, mode, replicas=replicas, on_progress=progress)
         if as_json:
             typer.echo(json.dumps(result))
