@@ -21,7 +21,7 @@ from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.lookahead import Lookahead
 from stateset_ray.actors.mirror import Keeper, mirror_of
 from stateset_ray.actors.placement import cluster, place
-from stateset_ray.actors.publishing.folder import check_shared, root_of
+from stateset_ray.actors.publishing.folder import check_run_folder, check_shared, root_of
 from stateset_ray.actors.record import step_record
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
@@ -348,6 +348,7 @@ def open_run(
         placement = stack.enter_context(place(config))
         pool = stack.enter_context(rollout_pool(config, placement))
         learners = stack.enter_context(learner_group(config, placement))
+        check_run_folder(learners, folder)
         if config.publish.transport == "folder":
             check_shared(learners, pool.receivers, root_of(config), config.cluster.wait_seconds)
         run = Run(config, folder, environment, pool, learners, meter, on_event)

@@ -99,5 +99,5 @@ def test_a_folder_that_is_not_shared_is_found_at_the_start_and_the_node_is_named
 def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_trained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     config = small(tmp_path, "publish.transport=folder", f'publish.folder="{tmp_path / "file"}"')
-    with pytest.raises(CheckpointError, match="cannot write into the folder for weights"), open_run(config):
+    with pytest.raises(CheckpointError, match="cannot write into this folder"), open_run(config):
         pass

@@ -1,5 +1,6 @@
 """What a run saves when it is interrupted: steps, never parts of one. Without Ray: nothing is played."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.flight import Collected
 from stateset_ray.actors.jobs import Counts
 from stateset_ray.actors.learner_rank import UpdateBatch
+from stateset_ray.actors.publishing.folder import check_run_folder, write_probe
 from stateset_ray.actors.run import Run
 from stateset_ray.config import load_config
 from stateset_ray.environments.echo import Echo
+from stateset_ray.errors import ClusterError
 from stateset_ray.metrics import MemoryMeter
 
 APPLIED = {"applied": 1.0, "loss": 0.5, "tokens_unshared": 8.0}
@@ -99,3 +102,21 @@ def test_after_a_step_that_was_cut_short_the_run_can_save_again(run: Run) -> Non
     run.restore()
     one_step(run)
     assert run.save_if_new() == run.folder / "checkpoints" / "step-00000002"
+
+
+def test_a_run_folder_that_the_learner_does_not_share_ends_the_run_at_its_start(tmp_path: Path) -> None:
+    """Rather than at its first checkpoint. A rank on another node may write to a disk of its own."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    check_run_folder(SimpleNamespace(write_probe=write_probe), here)
+    assert list(here.iterdir()) == []  # nothing of the check stays
+    elsewhere = SimpleNamespace(write_probe=lambda root: write_probe(str(there)))
+    with pytest.raises(ClusterError, match=r"what the learner writes on .* is not seen on") as caught:
+        check_run_folder(elsewhere, here, seconds=0.1)
+    assert "run.dir" in caught.value.given
+    # A network file system may show it late.
+    write_probe(str(here))
+    late = Path(here / ".probe").read_text()
+    threading.Timer(0.3, lambda: (here / ".probe").write_text(late)).start()
+    (here / ".probe").unlink()
+    check_run_folder(SimpleNamespace(write_probe=lambda root: (late, "node")), here, seconds=20)

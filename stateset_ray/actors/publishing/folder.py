@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,9 +20,18 @@ from stateset_ray.learner.learner import Learner
 from stateset_ray.policies import weight_folder
 from stateset_ray.policies.weights import decode
 
-__all__ = ["FolderReceiver", "FolderSender", "check_shared", "root_of", "sees", "write_probe"]
+__all__ = [
+    "FolderReceiver",
+    "FolderSender",
+    "check_run_folder",
+    "check_shared",
+    "root_of",
+    "sees",
+    "write_probe",
+]
 
 _PROBE = ".probe"
+_LATE = 10.0  # seconds until another node shows a new file
 
 
 def root_of(config: Config) -> str:
@@ -95,6 +105,32 @@ def _read(version: int, lineage: int, folder: Path) -> Arrived:
     return Arrived(newer.version, newer.tensors())
 
 
+def check_run_folder(learners: Any, folder: Path, seconds: float = _LATE) -> None:
+    """Check that the controller sees what rank 0 writes into the run's folder, before anything is trained.
+
+    Args:
+        learners: the `LearnerGroup`.
+        folder: of the run.
+        seconds: that a network file system may take to show it.
+
+    Raises:
+        ClusterError: it does not; the rank's node is named.
+        CheckpointError: rank 0 cannot write there.
+    """
+    token, writer = learners.write_probe(str(folder.absolute()))
+    deadline = time.monotonic() + seconds
+    while not sees(str(folder), token)[0]:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"what the learner writes on {writer} is not seen on {socket.gethostname()}: no checkpoint "
+                "could be completed",
+                given=f"run.dir = {folder.parent}",
+                mend="set run.dir to storage that all nodes mount at the same path",
+            )
+        time.sleep(0.1)
+    (folder / _PROBE).unlink(missing_ok=True)
+
+
 def check_shared(learners: Any, receivers: Sequence[Any], root: str, seconds: float) -> None:
     """Check that every receiver sees what rank 0 writes, before anything is trained.
 
@@ -135,9 +171,9 @@ def write_probe(root: str) -> tuple[str, str]:
         (Path(root) / _PROBE).write_text(token, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
-            f"the learner cannot write into the folder for weights: {error.strerror}",
+            f"the learner cannot write into this folder: {error.strerror}",
             given=root,
-            mend="set publish.folder to a folder that rank 0 may write to",
+            mend="name a folder that rank 0 may write to (run.dir, publish.folder)",
         ) from error
     return token, socket.gethostname()
 
