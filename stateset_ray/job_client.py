@@ -287,6 +287,8 @@ def _connect(address: str) -> Any:
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, **{"timeout": self.limits, **options})
 
+    for name in ("dashboard_sdk", "job.sdk"):  # say how they are doing, among what the job prints
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     with _nothing_else():
         client = Limited(address)  # asks the server for its version
     client.limits = _PATIENCE
