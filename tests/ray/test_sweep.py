@@ -123,8 +123,9 @@ def test_a_sweep_outlives_a_dead_rank_and_an_interruption(tmp_path: Path) -> Non
     events.clear()
     swept = sweep(plan, name="asha", resume=True, on_event=events.append)
     assert swept.folder == first.folder
-    assert [o.status for o in swept.outcomes] == ["finished", *["ended early"] * 3]
-    assert [o.steps for o in swept.outcomes] == [2, 1, 1, 1]
+    # The first one after the interruption is compared with nobody: Tune forgets what was reported before.
+    assert [o.status for o in swept.outcomes] == ["finished"] * 2 + ["ended early"] * 2
+    assert [o.steps for o in swept.outcomes] == [2, 2, 1, 1]
     assert not [e for e in events if e["event"] == "trial_step" and e["number"] == 0], "what has ended stays"
     for outcome, rate in zip(swept.outcomes, (1e-2, 1e-3, 1e-4, 1e-5), strict=True):
         assert outcome.in_force == {"learner.learning_rate": rate} == outcome.values
