@@ -80,7 +80,8 @@ def affinity(endpoint: Endpoint) -> dict[str, Any]:
             if turn > 1 and told.first is not None:
                 firsts.append(told.first - told.begun)
             said += [
-                {"role": "assistant", "content": text},
+                # A model of random weights may say nothing, or what no client may send back.
+                {"role": "assistant", "content": text.replace("\0", " ").strip() or "."},
                 {"role": "user", "content": _words(number, turn, words)},
             ]
         return firsts
