@@ -40,9 +40,10 @@ _LOOK = 0.2
 @contextmanager
 def scaled(folder: Path) -> Iterator[str]:
     """A head without CPUs and an autoscaler that starts nodes of two CPUs here; its address."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind(("", 0))
+        port, client = first.getsockname()[1], second.getsockname()[1]
     address = f"{get_node_ip_address()}:{port}"
     node = {"node_config": {}, "min_workers": 0}
     lists = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
@@ -68,7 +69,7 @@ def scaled(folder: Path) -> Iterator[str]:
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}",
         "--num-cpus=0", f"--autoscaling-config={file}", f"--temp-dir={folder / 'ray'}",
         "--object-store-memory=100000000", "--include-dashboard=false", "--dashboard-agent-listen-port=0",
-        "--ray-client-server-port=0",
+        f"--ray-client-server-port={client}",
     ]  # fmt: skip
     log = (folder / "head.log").open("w")
     head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
