@@ -23,7 +23,7 @@ their node is killed; the autoscaler replaces it. After the run's end all nodes 
 | `rebuilt`     | seconds from the new node until all ranks had the checkpoint (`learner_rebuilt`)        |
 | `recovered`   | seconds from the death of the node to the end of the next step                          |
 | `usual`       | seconds of a step, median                                                               |
-| `steps_again` | steps that had to be taken again                                                        |
+| `steps_again` | finished steps that had to be taken again                                               |
 | `joined`      | seconds from the start of the run until both guests played                              |
 | `rejoined`    | seconds from the death of their node until both played again                            |
 | `left`        | seconds from the end of the run until the head was alone                                |
