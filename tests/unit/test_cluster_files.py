@@ -257,7 +257,8 @@ JOB = {
 
 
 def test_a_slurm_job_is_a_cluster_and_its_training(bench: Bench) -> None:
-    slurm(bench, "exit 3")
+    # Not before all nodes have begun: it could be over before the last one has noted its call.
+    slurm(bench, 'until (($(grep -c "^ray start" "$CALLS") == 2)); do sleep 0.05; done; exit 3')
     done = bench.run("bash", str(SCRIPTS[1]), "a.toml", "--set", "x=1", **JOB)
     assert done.returncode == 3, done.stderr  # the training's
     said = bench.said()
