@@ -95,8 +95,6 @@ def _in_a_process(name: str, options: argparse.Namespace) -> Any:
     """Ray reads its environment once in a process, and the scenarios want different ones."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     env["RAY_AUTH_MODE"] = "disabled"
-    if options.notice:
-        env["RAY_health_check_period_ms"] = str(round(options.notice * 1000))
     if name == "autoscaler":
         env |= ENVIRONMENT | {MARK: str(os.getpid())}
     command = [sys.executable, "-m", "benchmarks.nodes", "--inside", "--scenarios", name]
@@ -327,9 +325,6 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=6, help="of the scenario `lost`")
     parser.add_argument("--moment", type=float, default=0.2, help="a node dies so many seconds into a step")
-    parser.add_argument(
-        "--notice", type=float, default=0, help="seconds between Ray's looks at a node; 0: Ray's default, 3"
-    )
     parser.add_argument("--output", type=Path, help="write the JSON here as well")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -33,7 +33,7 @@ def balanced(run: dict[str, Any]) -> bool:
 
 @pytest.mark.timeout(420)
 def test_learner_ranks_on_two_nodes_survive_the_death_of_one(tmp_path: Path) -> None:
-    run = measured("lost", tmp_path, "--steps", "3", "--notice", "1")
+    run = measured("lost", tmp_path, "--steps", "3")
     assert run["nodes"] == {"before": 2, "after": 2}
     assert (run["unaccounted"], run["duplicated"], run["missing"]) == (0, 0, 0)
     assert balanced(run)
