@@ -1,6 +1,21 @@
-"""The tiny model, loaded once."""
+"""The tiny model, loaded once; and no test of this folder connects to Ray."""
+
+import sys
 
 import pytest
+
+
+def _joined() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+@pytest.fixture(autouse=True)
+def no_ray():
+    """A test that joined Ray unawares would die with that cluster, in the middle of another test."""
+    before = _joined()
+    yield
+    assert _joined() == before, "this test has connected to Ray"
 
 
 @pytest.fixture(scope="session")
