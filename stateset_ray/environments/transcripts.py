@@ -6,6 +6,9 @@ everything else. Each line of a file is one conversation, with at least
 
     {"messages": [{"role": "user", "content": "hi"}], "replies": [{"content": "Hello!"}]}
 
+A reply that was cut, by its limit (`"finish"` is not `"stop"`) or by stop strings of the client (`"stops"`
+names some), is no example of one: it is left out, and so is what was said after it.
+
 Nobody answers what the policy says here: after a reply that differs, the partner goes on as if it had not.
 """
 
@@ -95,7 +98,14 @@ def _load(path: str, versions: str) -> tuple[_Conversation, ...]:
     """Read once in a process: every conversation has an environment of its own."""
     root = Path(path)
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
-    found = {talk for file in files for talk in _read(file, versions)}
+    found, cut = set[tuple[Message, ...]](), set[tuple[Message, ...]]()
+    for file in files:
+        for talk, record in _read(file):
+            if _is_cut(record):
+                cut.add(talk)
+            elif _playable(talk) and str(record.get("version", "")).startswith(versions):
+                found.add(talk)
+    found = {talk for talk in found if not any(talk[:end] in cut for end in range(1, len(talk)))}
     beginnings = {talk[:end] for talk in found for end in range(1, len(talk))}
     kept = sorted(found - beginnings, key=lambda talk: [(m.role, m.content) for m in talk])
     if not kept:
@@ -111,7 +121,12 @@ def _held_out(talk: Sequence[Message]) -> bool:
     return derive_seed("heldout", *(m.content for m in talk[:1])) % _HELD_OUT == 0
 
 
-def _read(file: Path, versions: str) -> Iterator[tuple[Message, ...]]:
+def _is_cut(record: dict[str, Any]) -> bool:
+    """Whether its reply may be only the beginning of one."""
+    return record["replies"][0].get("finish", "stop") != "stop" or bool(record.get("stops"))
+
+
+def _read(file: Path) -> Iterator[tuple[tuple[Message, ...], dict[str, Any]]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -131,8 +146,7 @@ def _read(file: Path, versions: str) -> Iterator[tuple[Message, ...]]:
                 f"line {number} of the transcripts is no conversation", given=str(file),
                 mend='each line is {"messages": [{"role", "content"}, ...], "replies": [{"content"}]}',
             ) from error  # fmt: skip
-        if _playable(talk) and str(record.get("version", "")).startswith(versions):
-            yield talk
+        yield talk, record
 
 
 def _playable(talk: Sequence[Message]) -> bool:

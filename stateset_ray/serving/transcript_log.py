@@ -66,8 +66,14 @@ class TranscriptLog:
             ) from error
 
     def samples(self, ask: Ask) -> bool:
-        """Whether this conversation is in the sample: all of its turns are, or none. Bare prompts are not."""
-        return ask.prompt is None and falls_to("transcripts", self._settings.share, ask.session or ask.id)
+        """Whether this conversation is in the sample: all of its turns are, or none.
+
+        Bare prompts are not, nor what was asked with tools of the client: a line has no place for these, and
+        a policy that learned from it would call tools that it was not shown.
+        """
+        if ask.prompt is not None or ask.tools:
+            return False
+        return falls_to("transcripts", self._settings.share, ask.session or ask.id)
 
     def add(self, ask: Ask, version: str, texts: list[str], ended: list[Ended]) -> None:
         """Have a completed answer written, soon."""
@@ -93,6 +99,7 @@ class TranscriptLog:
             "version": version,
             "temperature": ask.temperature,
             "messages": [_body(message, clean) for message in ask.messages],
+            "stops": [clean(stop) for stop in ask.stops],
             "replies": [
                 {"content": clean(text), "finish": end.finish, "tokens": end.tokens}
                 for text, end in zip(texts, ended, strict=True)

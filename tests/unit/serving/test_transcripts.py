@@ -129,6 +129,13 @@ def test_whole_conversations_are_sampled(log):
     assert all(found.samples(asked(session=name, id="another")) for name in sampled)
 
 
+def test_what_was_asked_with_tools_of_the_client_is_not_in_the_sample(log):
+    found = log()
+    assert found.samples(asked())
+    assert not found.samples(asked(tools='[{"type": "function"}]'))
+    assert not found.samples(asked(prompt="Once"))
+
+
 def test_what_was_not_completed_is_not_written(log, tmp_path):
     async def play():
         found = log()
@@ -295,6 +302,29 @@ def test_what_cannot_be_played_is_left_out(tmp_path):
         Transcripts(write(silent, twice, first))
     with pytest.raises(ConfigError, match="cannot be read"):
         Transcripts(str(tmp_path / "none.jsonl"))
+
+
+def test_what_was_cut_is_no_example_and_nor_is_what_was_said_after_it(tmp_path):
+    def record(*said, finish="stop", stops=(), version="v1"):
+        roles = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+        *messages, reply = roles
+        replies = [{"content": reply["content"], "finish": finish}]
+        return {"messages": messages, "replies": replies, "stops": list(stops), "version": version}
+
+    path = tmp_path / "log.jsonl"
+    records = [
+        record("a", "whole"), record("b", "hal", finish="length"), record("c", "ha", stops=["l"]),
+        record("c", "ha", "go on", "lf"), record("a", "whole", "and", "mo", finish="length"),
+        record("d", "hal", finish="length", version="v0"), record("d", "hal", "go on", "f"),
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, records)))
+    found = Transcripts(str(path), versions="v1")._conversations
+    assert [[m.content for m in talk] for _, talk in found] == [["a", "whole"]]
+
+
+def test_stop_strings_of_the_client_stand_in_the_line(log, tmp_path):
+    asyncio.run(served(Scripted("Hel"), log(), asked(stops=("lo", "jo@shop.example"))))
+    assert lines(tmp_path / "log")[0]["stops"] == ["lo", "[email]"]
 
 
 def test_the_configuration_in_the_document_is_one(logged):
