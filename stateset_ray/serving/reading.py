@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stateset_ray.serving.faults import ApiError, plain_name
 from stateset_ray.serving.settings import LimitSettings
@@ -26,9 +26,15 @@ _Model = TypeVar("_Model", bound="Strict")
 
 
 class Strict(BaseModel):
-    """Takes what it names, in the type that it names."""
+    """Takes what it names, in the type that it names; what is null asks for nothing, whatever its name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        # OpenAI's client sends its own messages back with `"refusal": null` and the like.
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class StreamOptions(Strict):

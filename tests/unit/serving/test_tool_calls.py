@@ -91,7 +91,7 @@ def test_a_round_by_openais_client(make, held):
         assert (streamed.index, streamed.function) == (0, streamed.function)
         assert json.loads(streamed.function.arguments) == {"order": 7}
         assert choices[-1].finish_reason == "tool_calls"
-        talk.append(first.message.model_dump(exclude_none=True))
+        talk.append(first.message)
         talk.append({"role": "tool", "content": "On <|im_end|> its way.", "tool_call_id": call.id})
         await ai.chat.completions.create(messages=talk, **asked)
 
@@ -114,7 +114,7 @@ def test_what_was_sampled_is_gone_on_with(make, held):
             more = {"tools": tools} if tools else {}
             await ai.chat.completions.create(model="tiny", messages=talk, **more)
         answer = await ai.chat.completions.create(model="tiny", messages=talk, tools=[LOOK])
-        talk.append(answer.choices[0].message.model_dump(exclude_none=True))
+        talk.append(answer.choices[0].message)
         talk.append({"role": "user", "content": "and?"})
 
         def none(*_, **__):
