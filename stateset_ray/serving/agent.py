@@ -50,6 +50,8 @@ def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
     tools = Tools(load_tools(replying.settings), settings, replying.meters, audit)
     rollout = Source(replying.settings.source).config().rollout
     reply_tokens = settings.reply_tokens or rollout.max_turn_tokens
+    if most := replying.settings.policy.max_reply_tokens:
+        reply_tokens = min(reply_tokens, most)
 
     @app.get("/v1/agent/tools")
     async def offered(request: Request) -> dict[str, Any]:
@@ -69,7 +71,8 @@ def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
         replying.check_model(wanted.model)
         _check(wanted)
         ask = replying.ask(
-            request, wanted, wanted.session, max_tokens=wanted.reply_tokens or reply_tokens,
+            request, wanted, wanted.conversation, wanted.prompt_cache_key,
+            max_tokens=wanted.reply_tokens or reply_tokens,
             logprobs=wanted.logprobs, top=wanted.top_logprobs, stream=False,
         )  # fmt: skip
         answer = AgentAnswer(
@@ -81,7 +84,7 @@ def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
             first = replace(ask, messages=(Message("system", tools.system), *messages))
             return acted(first, replying.answered, tools, settings, request.scope["state"]["request_id"])
 
-        events = conversing(store, ask.tenant, wanted, settings.seconds, act)
+        events = conversing(store, replying.settings.conversations, ask.tenant, wanted, settings.seconds, act)
         return await replying.respond(request, wanted, answer, events)
 
 
@@ -165,6 +168,7 @@ def _check_roles(messages: tuple[Message, ...]) -> None:
 def _check(wanted: ChatRequest) -> None:
     for name, given in (
         ("n", wanted.n > 1), ("stop", bool(wanted.stops)), ("tools", bool(wanted.tools)),
+        ("tool_choice", wanted.tool_choice == "none"),
     ):  # fmt: skip
         if given:
             raise ApiError(

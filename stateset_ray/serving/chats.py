@@ -17,6 +17,7 @@ from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.protocol import ChatRequest, check_turn, parse_chat
 from stateset_ray.serving.reading import body_schema
 from stateset_ray.serving.replying import Replying, caller_of
+from stateset_ray.serving.settings import ConversationSettings
 from stateset_ray.serving.store import Store
 from stateset_ray.serving.tool_calls import ToolsAnswer
 from stateset_ray.types import Message
@@ -33,8 +34,9 @@ def add_chats(app: FastAPI, replying: Replying, store: Store | None) -> None:
         wanted = parse_chat(await request.body(), replying.settings.limits)
         replying.check_model(wanted.model)
         ask = replying.ask(
-            request, wanted, wanted.session, max_tokens=wanted.reply_tokens, logprobs=wanted.logprobs,
-            top=wanted.top_logprobs, tools=wanted.offered,
+            request, wanted, wanted.conversation, wanted.prompt_cache_key,
+            max_tokens=wanted.reply_tokens, logprobs=wanted.logprobs, top=wanted.top_logprobs,
+            tools=wanted.offered,
         )  # fmt: skip
         kind = ToolsAnswer if wanted.offered else Answer
         answer = kind(
@@ -47,17 +49,19 @@ def add_chats(app: FastAPI, replying: Replying, store: Store | None) -> None:
             return replying.answered(replace(ask, messages=messages))
 
         seconds = replying.settings.deadlines.total
-        events = conversing(store, caller_of(request).name, wanted, seconds, reply)
+        kept_by = replying.settings.conversations
+        events = conversing(store, kept_by, caller_of(request).name, wanted, seconds, reply)
         return await replying.respond(request, wanted, answer, events)
 
 
 def conversing(
-    store: Store | None, owner: str, wanted: ChatRequest, seconds: float,
+    store: Store | None, settings: ConversationSettings, owner: str, wanted: ChatRequest, seconds: float,
     reply: Callable[[tuple[Message, ...]], AsyncGenerator[tuple[Event, ...]]],
 ) -> AsyncGenerator[tuple[Event, ...]]:  # fmt: skip
     """The events of a reply to what was said: now, or in the conversation that the request names.
 
     Args:
+        settings: the limits of conversations.
         seconds: the longest that the reply may take.
         reply: from all messages to the events.
 
@@ -75,4 +79,4 @@ def conversing(
         check_turn(messages)
         return reply(messages)
 
-    return kept(store, owner, wanted.conversation, wanted.said(), seconds, checked)
+    return kept(store, settings, owner, wanted.conversation, wanted.said(), seconds, checked)

@@ -10,19 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.datastructures import QueryParams
 
-from stateset_ray.serving.events import Ended, Event, Piece, Stepped
+from stateset_ray.serving.events import Ended, Event, Halted, Piece, Stepped
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.reading import Strict, body_schema, check_text, parse_json, read, too_long
 from stateset_ray.serving.replying import caller_of
-from stateset_ray.serving.settings import LimitSettings, ServeSettings
-from stateset_ray.serving.store import Conversation, Item, Store
+from stateset_ray.serving.settings import ConversationSettings, LimitSettings, ServeSettings
+from stateset_ray.serving.store import Conversation, Item, Store, check_room
 from stateset_ray.types import Message
 
 __all__ = ["add_conversations", "kept"]
@@ -32,6 +32,7 @@ _WRITE_SECONDS = 30.0  # for which who only adds messages holds a conversation
 _SPARE_SECONDS = 60.0  # a claim for an answer lasts longer than any answer may
 _AT_A_TIME = 20  # items of one request, as at OpenAI
 _PAGE = 100
+_undoing = set[asyncio.Task[None]]()  # claims that nobody waits for any more
 
 
 class _Part(Strict):
@@ -98,7 +99,7 @@ def add_conversations(app: FastAPI, settings: ServeSettings, store: Store) -> No
         """Add messages to it."""
         wanted = read(parse_json(await request.body(), limits), _NewItems, {})
         messages, owner = _messages(wanted.items, limits), caller_of(request).name
-        claim = await store.claim(owner, id, _WRITE_SECONDS)
+        claim = await _claimed(store, owner, id, _WRITE_SECONDS)
         try:
             return _listed(await store.append(owner, id, claim, messages), more=False)
         finally:
@@ -120,14 +121,16 @@ def add_conversations(app: FastAPI, settings: ServeSettings, store: Store) -> No
 
 
 async def kept(
-    store: Store, owner: str, id: str, new: Sequence[Message], seconds: float,
+    store: Store, settings: ConversationSettings, owner: str, id: str, new: Sequence[Message], seconds: float,
     answer: Callable[[tuple[Message, ...]], AsyncGenerator[tuple[Event, ...]]],
 ) -> AsyncGenerator[tuple[Event, ...]]:  # fmt: skip
     """The events of an answer in a conversation, which holds the new messages and the answer afterwards.
 
-    Nothing is added where the answer fails or its client leaves.
+    Nothing is added where the answer fails or its client leaves. What cannot be added after tools were called
+    is told beside what they did (`Halted`): who got an error would ask again, and the tools would act twice.
 
     Args:
+        settings: the limits of conversations.
         new: what is said now.
         seconds: the longest that the answer may take.
         answer: from all messages to the events, of one choice.
@@ -135,26 +138,58 @@ async def kept(
     Raises:
         ApiError: there is no such conversation, another request is answered in it, or it has no room.
     """
-    claim = await store.claim(owner, id, seconds + _SPARE_SECONDS)
+    claim = await _claimed(store, owner, id, seconds + _SPARE_SECONDS)
     try:
         before = [item.message for item in await store.items(owner, id)]
-        said, words = list(new), list[str]()
+        # Before anything is done for it; how long an answer gets, and what an agent does, is known later.
+        room = (*new, Message("assistant", ""))
+        check_room(settings, len(before), sum(len(message.content) for message in before), room)
+        said, words, stepped, halted = list(new), list[str](), False, False
         async with aclosing(answer((*before, *new))) as events:
             async for news in events:
                 for event in news:
                     if isinstance(event, Stepped):
                         said += event.messages
+                        stepped = True
                     elif isinstance(event, Piece):
                         words.append(event.text)
+                    halted |= isinstance(event, Halted)
                 if any(isinstance(event, Ended) for event in news):
                     # Before the client can see the end, so that what it sees ended is kept. An agent that was
                     # stopped among its calls has no answer.
-                    if words or said[-1].role != "tool":
+                    if not halted:
                         said.append(Message("assistant", "".join(words)))
-                    await store.append(owner, id, claim, said)
+                    try:
+                        await store.append(owner, id, claim, said)
+                    except ApiError as error:
+                        if not stepped:
+                            raise
+                        news = _unkept(news, error)
                 yield news
     finally:
         await _given_back(store, owner, id, claim)
+
+
+def _unkept(news: tuple[Event, ...], error: ApiError) -> tuple[Event, ...]:
+    why = Halted(error.code, f"the conversation does not hold this: {error.message}")
+    return (why, *(event for event in news if not isinstance(event, Halted)))
+
+
+async def _claimed(store: Store, owner: str, id: str, seconds: float) -> str:
+    """A claim; given back by itself where its request is cancelled before it has it."""
+    claiming = asyncio.ensure_future(store.claim(owner, id, seconds))
+
+    async def undo() -> None:
+        with suppress(ApiError):
+            await _given_back(store, owner, id, await claiming)
+
+    try:
+        return await asyncio.shield(claiming)
+    except asyncio.CancelledError:
+        task = asyncio.create_task(undo())
+        _undoing.add(task)
+        task.add_done_callback(_undoing.discard)
+        raise
 
 
 async def _given_back(store: Store, owner: str, id: str, claim: str) -> None:

@@ -94,17 +94,12 @@ class ChatRequest(SamplingRequest):
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     prompt_cache_key: str | None = Field(default=None, min_length=1, max_length=256)
-    """Names the conversation, like the header `x-session-id`."""
+    """Names the conversation, where the header `x-session-id` does not."""
 
     @property
     def reply_tokens(self) -> int | None:
         """The limit of a reply, under either name."""
         return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def session(self) -> str:
-        """The name of the conversation, "" for none."""
-        return self.conversation or self.prompt_cache_key or ""
 
     @property
     def offered(self) -> str:

@@ -29,6 +29,7 @@ from stateset_ray.serving.settings import ServeSettings
 __all__ = ["VERSION_HEADER", "Replying", "caller_of", "no_such_model", "short"]
 
 VERSION_HEADER = "x-policy-version"
+_COLDEST = 1e-4  # below this temperature the likeliest token is taken
 
 
 class Replying:
@@ -54,30 +55,38 @@ class Replying:
         if name != self.settings.name:
             raise no_such_model()
 
-    def ask(self, request: Request, wanted: SamplingRequest, session: str = "", **more: Any) -> Ask:
+    def ask(
+        self, request: Request, wanted: SamplingRequest, conversation: str | None = None,
+        session: str | None = None, **more: Any,
+    ) -> Ask:  # fmt: skip
         """What the policy is asked.
 
         Args:
-            session: the name of the conversation where no header names it.
+            conversation: the one that is kept here; it goes before the header: all its turns are one session,
+                whoever asks for them.
+            session: the name of the conversation where neither names it.
             more: the fields of `Ask` that only this kind of request has.
 
         Raises:
             ApiError: the header is too long.
         """
         caller = caller_of(request)
-        session = request.headers.get("x-session-id") or session
-        if len(session) > 256:
+        header = request.headers.get("x-session-id") or ""
+        if len(header) > 256:
             raise ApiError(
                 400, "invalid_header", "x-session-id is longer than 256 characters", "x-session-id"
             )
+        name = conversation or header or session
+        temperature = self.settings.temperature if wanted.temperature is None else wanted.temperature
         fields: dict[str, Any] = {
             "id": uuid.uuid4().hex,
             "tenant": caller.name,
             # By its hash: it names a place on the ring and stands in Serve's own logs.
-            "session": short(f"{caller.name}/{session}") if session else "",
+            "session": short(f"{caller.name}/{name}") if name else "",
             "messages": (),
             "max_tokens": wanted.max_tokens,
-            "temperature": self.settings.temperature if wanted.temperature is None else wanted.temperature,
+            # Logits divided by less are beyond what a float32 holds, which looks like a broken model.
+            "temperature": temperature if temperature >= _COLDEST else 0.0,
             "seed": secrets.randbits(62) if wanted.seed is None else wanted.seed,
             "stops": wanted.stops,
             "choices": wanted.n,

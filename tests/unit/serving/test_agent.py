@@ -189,6 +189,21 @@ def test_the_agent_has_a_scope_of_its_own(make, settings):
     asyncio.run(play())
 
 
+def test_a_limit_of_replies_below_the_runs_is_the_agents(make, settings, policies):
+    """`rollout.max_turn_tokens` is 12; a client that names no limit must not be told that it is over one."""
+    policies.held.max_reply = 5
+    policy = SETTINGS.policy.model_copy(update={"max_reply_tokens": 5})
+
+    async def play():
+        gate = make(settings(turns=2).model_copy(update={"policy": policy}))
+        answer = await agent(gate).chat.completions.create(
+            model="shop", messages=[{"role": "user", "content": "hi"}]
+        )
+        assert 0 < answer.usage.completion_tokens <= 5
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize(
     ("more", "code", "param"),
     [
@@ -197,6 +212,7 @@ def test_the_agent_has_a_scope_of_its_own(make, settings):
         ({"messages": [{"role": "developer", "content": "Obey."}, {"role": "user", "content": "hi"}]},
          "invalid_messages", "messages[0].role"),
         ({"n": 2}, "unsupported_parameter", "n"),
+        ({"tool_choice": "none"}, "unsupported_parameter", "tool_choice"),
         ({"stop": "x"}, "unsupported_parameter", "stop"),
         ({"model": "tiny"}, "model_not_found", "model"),
         ({"max_tokens": 1000}, "context_length_exceeded", "max_tokens"),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import runpy
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import openai
 import pytest
 
+from stateset_ray.serving.conversations import kept
 from stateset_ray.serving.dispatch import PolicyLost
+from stateset_ray.serving.events import Began, Ended, Halted, Piece, Stepped
+from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.settings import ConversationSettings
+from stateset_ray.serving.stores import open_store
 from stateset_ray.types import Message
 
 _SUPPORT = runpy.run_path(str(Path(__file__).with_name("support_endpoint.py")))
@@ -128,7 +133,7 @@ def test_another_key_gets_404_whatever_it_tries(keeping):
     asyncio.run(play())
 
 
-def test_what_fails_or_is_left_adds_nothing_and_holds_nothing(keeping, policies):
+def test_what_fails_adds_nothing_and_holds_nothing(keeping, policies):
     async def play():
         ai = client(keeping())
         made = await ai.conversations.create(items=[])
@@ -143,6 +148,185 @@ def test_what_fails_or_is_left_adds_nothing_and_holds_nothing(keeping, policies)
         answer = await ai.chat.completions.create(**asked | {"max_tokens": 2})
         assert answer.choices[0].finish_reason
         assert len((await ai.conversations.items.list(made.id)).data) == 2
+
+    asyncio.run(play())
+
+
+def test_what_is_left_adds_nothing_and_holds_nothing(keeping, policies):
+    async def play():
+        ai = client(keeping())
+        made = await ai.conversations.create(items=[])
+        asked = {
+            "model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2,
+            "extra_body": {"conversation": made.id},
+        }  # fmt: skip
+        policies.hang = asyncio.Event()
+        left = asyncio.create_task(ai.chat.completions.create(**asked))
+        while not policies.asked:
+            await asyncio.sleep(0.001)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        policies.hang = None
+        assert (await ai.conversations.items.list(made.id)).data == []
+        await ai.chat.completions.create(**asked)
+        assert len((await ai.conversations.items.list(made.id)).data) == 2
+
+    asyncio.run(play())
+
+
+def test_what_has_no_room_is_refused_before_it_is_answered(keeping, policies):
+    async def play():
+        ai = client(keeping(items=2, chars=50))
+        for items, words in (([said("user", "hi")], "and?"), ([], "x" * 51)):
+            made = await ai.conversations.create(items=items)
+            with pytest.raises(openai.BadRequestError) as caught:
+                await ai.chat.completions.create(
+                    model="tiny", messages=[{"role": "user", "content": words}], max_tokens=2,
+                    extra_body={"conversation": made.id},
+                )  # fmt: skip
+            assert caught.value.code == "limit_exceeded"
+        assert policies.asked == []
+
+    asyncio.run(play())
+
+
+def test_all_turns_of_a_kept_conversation_are_one_session_whoever_asks(keeping, policies):
+    async def play():
+        ai = client(keeping())
+        made = await ai.conversations.create(items=[])
+        for header in ("a", "b", ""):
+            await ai.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=2,
+                extra_body={"conversation": made.id, "prompt_cache_key": header or None},
+                extra_headers={"x-session-id": header},
+            )  # fmt: skip
+        [session] = {ask.session for ask in policies.asked}
+        assert session
+        # Elsewhere the header goes before the field.
+        policies.asked.clear()
+        for field in ("p", "q"):
+            await ai.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=2,
+                prompt_cache_key=field, extra_headers={"x-session-id": "a"},
+            )  # fmt: skip
+        assert len({ask.session for ask in policies.asked}) == 1
+
+    asyncio.run(play())
+
+
+HI = Message("user", "hi")
+CALL = (Message("assistant", "CALL ok"), Message("tool", "fine"))
+STEP = Stepped("ok", "done", CALL, "v1", 3, 0.0)
+
+
+def playing(tmp_path, before, new, *news, meanwhile=None):
+    """The events of `kept` around this answer, and what the conversation holds then (None: it is gone)."""
+    settings = ConversationSettings(store=f"sqlite:///{tmp_path / 'own.db'}", items=6)
+
+    async def play():
+        store = open_store(settings)
+        made = await store.create("shop", {}, before)
+
+        async def answer(messages):
+            assert messages == (*before, *new)
+            for events in news:
+                if meanwhile is not None:
+                    await meanwhile(store, made.id)
+                yield events
+
+        try:
+            events = kept(store, settings, "shop", made.id, new, 5, answer)
+            seen = [event async for some in events for event in some]
+            with pytest.raises(ApiError) if meanwhile else nullcontext():
+                return seen, [item.message for item in await store.items("shop", made.id)]
+            return seen, None
+        finally:
+            await store.close()
+
+    return asyncio.run(play())
+
+
+async def deleted(store, id):
+    with suppress(ApiError):
+        await store.delete("shop", id)
+
+
+@pytest.mark.parametrize(
+    "news",
+    [
+        [(Began("v1", 3), STEP), (Began("v1", 9), Piece(0, "Done."), Ended(0, "stop", 2))],
+        [(Began("v1", 3), STEP), (Halted("agent_turns_exceeded", "x"), Ended(0, "length", 0))],
+    ],
+)
+def test_what_tools_did_is_told_though_the_conversation_is_gone(tmp_path, news):
+    """An error would be tried again, and the tools would act twice."""
+    seen, held = playing(tmp_path, [], [HI], *news, meanwhile=deleted)
+    assert held is None
+    assert STEP in seen
+    assert seen[-1] == news[-1][-1]
+    [halted] = [event for event in seen if isinstance(event, Halted)]
+    assert halted.code == "conversation_not_found"
+    assert "does not hold this" in halted.message
+
+
+def test_what_tools_did_is_told_though_there_is_no_room_for_it(tmp_path):
+    news = [(STEP,)] * 3 + [(Began("v1", 9), Piece(0, "Done."), Ended(0, "stop", 2))]
+    seen, held = playing(tmp_path, [], [HI], *news)
+    assert [event.code for event in seen if isinstance(event, Halted)] == ["limit_exceeded"]
+    assert Piece(0, "Done.") in seen
+    assert held == []
+
+
+def test_an_answer_that_cannot_be_kept_is_an_error_where_no_tool_was_called(tmp_path):
+    with pytest.raises(ApiError, match="conversation_not_found"):
+        playing(tmp_path, [], [HI], (Piece(0, "x"), Ended(0, "stop", 1)), meanwhile=deleted)
+
+
+def test_an_agents_calls_are_kept_and_no_answer_of_one_that_was_stopped(tmp_path):
+    _, held = playing(tmp_path, [], [HI], (STEP,), (Piece(0, "Done."), Ended(0, "stop", 2)))
+    assert held == [HI, *CALL, Message("assistant", "Done.")]
+    _, held = playing(tmp_path, [], [HI], (STEP,), (Halted("x", "y"), Ended(0, "length", 0)))
+    assert held == [HI, *CALL]
+
+
+@pytest.mark.parametrize(
+    ("before", "new"), [([HI], []), ([], [HI]), ([HI, *CALL], []), ([], [Message("tool", "fine")])]
+)
+def test_an_answer_without_words_is_one(tmp_path, before, new):
+    _, held = playing(tmp_path, before, new, (Began("v1", 3),), (Ended(0, "stop", 1),))
+    assert held == [*before, *new, Message("assistant", "")]
+
+
+def test_who_leaves_before_the_claim_is_there_holds_nothing(tmp_path):
+    settings = ConversationSettings(store=f"sqlite:///{tmp_path / 'own.db'}")
+
+    async def play():
+        store = open_store(settings)
+        made = await store.create("shop", {}, [])
+        claim, claimed, go, released = store.claim, asyncio.Event(), asyncio.Event(), asyncio.Event()
+        release = store.release
+
+        async def slow(*given):
+            found = await claim(*given)
+            claimed.set()
+            await go.wait()
+            return found
+
+        async def noted(*given):
+            await release(*given)
+            released.set()
+
+        store.claim, store.release = slow, noted
+        events = kept(store, settings, "shop", made.id, [HI], 5, None)
+        left = asyncio.create_task(anext(events))
+        await claimed.wait()
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        go.set()
+        async with asyncio.timeout(20):
+            await released.wait()
+        assert await claim("shop", made.id, 5)
+        await store.close()
 
     asyncio.run(play())
 

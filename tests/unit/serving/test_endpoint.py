@@ -100,6 +100,25 @@ def test_openai_client_reads_every_shape(make, policies):
     asyncio.run(play())
 
 
+def test_the_coldest_temperatures_are_greedy(make, policies):
+    """Logits divided by 1e-38 are infinite, and then the policy is taken for broken."""
+
+    async def play():
+        said = set()
+        for temperature in (0, 1e-38, 1e-5):
+            answer = await client(make()).chat.completions.create(
+                model="tiny", messages=HI, max_tokens=6, temperature=temperature
+            )
+            said.add(answer.choices[0].message.content)
+        assert len(said) == 1
+        await client(make()).chat.completions.create(
+            model="tiny", messages=HI, max_tokens=1, temperature=0.01
+        )
+
+    asyncio.run(play())
+    assert [ask.temperature for ask in policies.asked] == [0, 0, 0, 0.01]
+
+
 def test_stop_strings_and_seeds(make):
     async def play():
         ai = client(make())

@@ -51,7 +51,7 @@ def test_a_whole_request_is_read():
         0.25,
         0,
     )
-    assert parse(conversation="conv_1", messages=[]).session == "conv_1"
+    assert parse(conversation="conv_1", messages=[]).conversation == "conv_1"
 
 
 @pytest.mark.parametrize(
