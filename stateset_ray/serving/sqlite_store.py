@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import sqlite3
 import threading
 import time
@@ -65,12 +66,7 @@ class SqliteStore:
         path = Path(settings.store.removeprefix("sqlite:///"))
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # others are not to read what was said
-            self._database = sqlite3.connect(
-                path, timeout=_WAIT, isolation_level=None, check_same_thread=False
-            )
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA foreign_keys = ON")
-            self._database.executescript(_SCHEMA)
+            self._database = _opened(path)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"conversations cannot be kept there: {error}", given=str(path)) from error
         self._lock = threading.Lock()
@@ -203,20 +199,41 @@ class SqliteStore:
         """One transaction, in a thread; what it raises takes everything back."""
 
         def alone() -> _T:
-            with self._lock:
+            # A disk that hangs must not take every thread of the process, one request after the other.
+            if not self._lock.acquire(timeout=_WAIT):
+                raise unreachable()
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
                 try:
-                    self._database.execute("BEGIN IMMEDIATE")
-                    try:
-                        result = work(self._database)
-                    except BaseException:
-                        self._database.execute("ROLLBACK")
-                        raise
+                    result = work(self._database)
                     self._database.execute("COMMIT")
-                    return result
-                except sqlite3.Error as error:
-                    raise unreachable() from error
+                finally:
+                    if self._database.in_transaction:
+                        self._database.execute("ROLLBACK")
+                return result
+            except sqlite3.Error as error:
+                raise unreachable() from error
+            finally:
+                self._lock.release()
 
         return await asyncio.to_thread(alone)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """The file with its tables; tried again, since who makes it locks out others without letting them wait."""
+    end = time.monotonic() + _WAIT
+    while True:
+        database = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA foreign_keys = ON")
+            database.executescript(_SCHEMA)
+            return database
+        except sqlite3.Error as error:
+            database.close()
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(random.uniform(0.01, 0.05))
 
 
 def _role(name: str) -> Role:

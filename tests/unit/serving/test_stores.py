@@ -9,11 +9,13 @@ import socket
 import sqlite3
 import stat
 import subprocess
+import threading
 import time
 
 import pytest
 
 from stateset_ray.errors import ConfigError
+from stateset_ray.serving import sqlite_store
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.settings import ConversationSettings
 from stateset_ray.serving.stores import open_store
@@ -222,6 +224,67 @@ def test_the_sqlite_file_is_its_owners_and_survives(tmp_path):
             await store.get("shop", made.id)
 
     asyncio.run(second())
+
+
+def test_replicas_that_make_the_file_together_all_open_it(tmp_path):
+    def opened(path, barrier, found):
+        barrier.wait(20)
+        try:
+            found.append(open_store(ConversationSettings(store=f"sqlite:///{path}")))
+        except ConfigError as error:
+            found.append(error)
+
+    for trial in range(40):
+        found, barrier = [], threading.Barrier(3)
+        threads = [
+            threading.Thread(target=opened, args=(tmp_path / f"{trial}.db", barrier, found)) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not [error for error in found if isinstance(error, ConfigError)]
+        for store in found:
+            asyncio.run(store.close())
+
+
+def test_a_transaction_that_cannot_be_ended_is_taken_back(tmp_path):
+    async def work():
+        store = open_store(ConversationSettings(store=f"sqlite:///{tmp_path / 'kept.db'}"))
+        made = await store.create("shop", {}, [HI])
+
+        def orphan(database):  # which COMMIT refuses
+            database.execute("PRAGMA defer_foreign_keys = ON")
+            database.execute(
+                "INSERT INTO items (id, role, content, conversation) VALUES ('i', 'user', '', 'x')"
+            )
+
+        with refused("store_unavailable"):
+            await store._do(orphan)
+        assert await store.get("shop", made.id) == made
+        await store.close()
+
+    asyncio.run(work())
+
+
+def test_a_transaction_that_hangs_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite_store, "_WAIT", 0.05)
+
+    async def work():
+        store = open_store(ConversationSettings(store=f"sqlite:///{tmp_path / 'kept.db'}"))
+        made = await store.create("shop", {}, [HI])
+        store._lock.acquire()
+        waiting = asyncio.ensure_future(store.get("shop", made.id))
+        await asyncio.wait({waiting}, timeout=20)
+        ended = waiting.done()
+        store._lock.release()
+        assert ended
+        with refused("store_unavailable"):
+            await waiting
+        assert await store.get("shop", made.id) == made
+        await store.close()
+
+    asyncio.run(work())
 
 
 def test_a_store_that_cannot_be_opened_is_a_clear_error(tmp_path):
