@@ -34,6 +34,7 @@ class Ask:
         top_p: the likeliest tokens that hold so much are sampled from; 1 for all.
         top: how many of the likeliest tokens are wanted beside each.
         prompt: text or token ids to go on with as they are, in the place of messages.
+        lot: by what a canary is drawn; "" for the session, or the id. The asks of one request share it.
         tools: OpenAI's tools as JSON, for the chat template; "" for none.
     """
 
@@ -53,6 +54,7 @@ class Ask:
     top: int = 0
     prompt: str | tuple[int, ...] | None = None
     tools: str = ""
+    lot: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class _Canary:
     def takes(self, ask: Ask) -> bool:
         """Whether this conversation falls to it; what names none is drawn for each request."""
         name = f"step-{self.held.candidate.step:08d}"
-        return ask.canary and falls_to(name, self.share, ask.session or ask.id)
+        return ask.canary and falls_to(name, self.share, ask.lot or ask.session or ask.id)
 
 
 class PolicyReplica:

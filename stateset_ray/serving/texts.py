@@ -34,6 +34,7 @@ def add_texts(app: FastAPI, replying: Replying) -> None:
         first = replying.ask(
             request, wanted, prompt=prompts[0], logprobs=wanted.logprobs is not None, top=wanted.logprobs or 0
         )
+        first = replace(first, lot=first.session or first.id)  # one response is of one version
         asks = [first]
         for place, prompt in enumerate(prompts[1:], 1):
             seed = derive_seed(first.seed, "prompt", place)

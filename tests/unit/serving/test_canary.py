@@ -91,6 +91,40 @@ def test_conversations_stay_with_their_version_and_are_counted_by_it(start, reco
     asyncio.run(play())
 
 
+def test_the_prompts_of_one_request_are_of_one_version(start, meters, endpoint):
+    class One:
+        """The replica as `Policies`."""
+
+        def __init__(self, replica):
+            self.ask, self.status = replica.answer, replica.status
+
+        statuses = None
+
+    async def play():
+        policies, seen = One(await start()), set()
+        for seed in range(8):
+            more = {} if seed % 2 else {"extra_headers": {"x-session-id": str(seed)}}
+            gate = endpoint.gate(policies, meters, endpoint.SETTINGS)
+            labels = set()
+            ask = policies.ask
+
+            async def noted(asked, ask=ask, labels=labels):
+                async for events in ask(asked):
+                    labels.update(e.version for e in events if isinstance(e, Began))
+                    yield events
+
+            policies.ask = noted
+            await endpoint.client(gate).completions.create(
+                model="tiny", prompt=list("abcdef"), max_tokens=1, **more
+            )
+            policies.ask = ask
+            assert len(labels) == 1
+            seen |= labels
+        assert len(seen) == 2
+
+    asyncio.run(play())
+
+
 def test_tokens_of_answers_side_by_side_are_counted_once(start, recorders):
     async def play():
         replica = await start()
