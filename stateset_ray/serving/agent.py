@@ -10,6 +10,7 @@ answer, and every call that was made for it as `steps`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -35,6 +36,8 @@ from stateset_ray.serving.store import Store
 from stateset_ray.types import Message, derive_seed
 
 __all__ = ["acted", "add_agent"]
+
+_log = logging.getLogger("ray.serve")
 
 
 def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
@@ -79,12 +82,14 @@ def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
             f"chatcmpl-{uuid.uuid4().hex}", wanted.model, int(time.time()), 1, wanted.logprobs
         )
 
+        longest = settings.seconds + settings.tool_seconds  # a tool that was begun gets its own time
+
         def act(messages: tuple[Message, ...]) -> AsyncGenerator[tuple[Event, ...]]:
             _check_roles(messages)
             first = replace(ask, messages=(Message("system", tools.system), *messages))
             return acted(first, replying.answered, tools, settings, request.scope["state"]["request_id"])
 
-        events = conversing(store, replying.settings.conversations, ask.tenant, wanted, settings.seconds, act)
+        events = conversing(store, replying.settings.conversations, ask.tenant, wanted, longest, act)
         return await replying.respond(request, wanted, answer, events)
 
 
@@ -114,7 +119,7 @@ async def acted(
                     ask, messages=messages, session=session, seed=derive_seed(ask.seed, "turn", turn),
                     id=f"{ask.id}-{turn}",
                 ),
-                end,
+                end, patient=stepped,
             )  # fmt: skip
             step = await _step(said, tools, request, ask.tenant, end)
             if step is None:
@@ -128,14 +133,27 @@ async def acted(
         if not stepped:
             raise
         yield (Halted(error.code, error.message), Ended(0, "length", 0))
+    except Exception:
+        if not stepped:
+            raise
+        _log.exception("an agent failed after it had acted", extra={"request": request})
+        yield (Halted("internal_error", "the server failed to answer"), Ended(0, "length", 0))
 
 
 async def _reply(
-    answered: Callable[[Ask], AsyncGenerator[tuple[Event, ...]]], ask: Ask, end: float
+    answered: Callable[[Ask], AsyncGenerator[tuple[Event, ...]]], ask: Ask, end: float, *, patient: bool
 ) -> tuple[Event, ...]:
+    """One reply; who is patient waits for room while there is time, since what was done cannot be undone."""
     try:
-        async with asyncio.timeout(max(0.0, end - time.monotonic())), aclosing(answered(ask)) as answer:
-            return tuple([event async for events in answer for event in events])
+        async with asyncio.timeout(max(0.0, end - time.monotonic())):
+            while True:
+                try:
+                    async with aclosing(answered(ask)) as answer:
+                        return tuple([event async for events in answer for event in events])
+                except ApiError as error:
+                    if not patient or error.code != "overloaded":
+                        raise
+                    await asyncio.sleep(error.retry_after or 1.0)
     except TimeoutError:
         raise ApiError(
             504, "deadline_exceeded", "the agent did not come to an answer in time, and was given up"

@@ -18,6 +18,7 @@ from stateset_ray.environments.tools import Tool, Toolbox, ToolSyntaxError
 from stateset_ray.errors import ConfigError
 from stateset_ray.serving.audit import Audit
 from stateset_ray.serving.events import Stepped
+from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.settings import AgentSettings, ServeSettings
 from stateset_ray.serving.source import Source
@@ -79,7 +80,10 @@ class Tools:
             step: with the reply as its only message of substance.
             request: its id, for the log.
             caller: the name of the API key.
-            seconds: that are left for it.
+            seconds: that are left to begin it; one that was begun gets its own time.
+
+        Raises:
+            ApiError: 504; a tool is asked for, none are left, and it was not begun.
         """
         try:
             call = self._toolbox.read(step.messages[0].content)
@@ -92,19 +96,20 @@ class Tools:
         except ToolSyntaxError as error:
             outcome = "not allowed" if step.tool else "malformed"
             return self._noted(_told(step, error.correction, outcome), request, caller)
+        if seconds <= 0:
+            raise ApiError(
+                504, "deadline_exceeded", "no time was left for a call of a tool, and it was not begun"
+            )
         # Its own task: what changes something in the world must end as a whole, and be written down.
-        limit = min(seconds, self._settings.tool_seconds)
-        task = asyncio.create_task(self._carry_out(step, call, request, caller, limit))
+        task = asyncio.create_task(self._carry_out(step, call, request, caller))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return await asyncio.shield(task)
 
-    async def _carry_out(
-        self, step: Stepped, call: ToolCall, request: str, caller: str, limit: float
-    ) -> Stepped:
+    async def _carry_out(self, step: Stepped, call: ToolCall, request: str, caller: str) -> Stepped:
         started, problem = time.monotonic(), ""
         try:
-            async with asyncio.timeout(max(0.0, limit)):
+            async with asyncio.timeout(self._settings.tool_seconds):
                 text = await self._call(call, caller)
             if not isinstance(text, str):
                 raise TypeError(f"a tool must give text, not {type(text).__name__}")

@@ -14,7 +14,7 @@ from stateset_ray.serving.redaction import redact
 __all__ = ["Audit"]
 
 _log = logging.getLogger("ray.serve")
-_LONGEST = 200  # characters of an argument
+_LONGEST = 200  # characters of an argument, cut when it is redacted: half of a number is not known as one
 
 
 class Audit:
@@ -42,11 +42,11 @@ class Audit:
                 "key": key,
                 "tool": redact(step.tool),
                 "arguments": {
-                    redact(name[:_LONGEST]): redact(value[:_LONGEST])
+                    redact(name)[:_LONGEST]: redact(value)[:_LONGEST]
                     for name, value in step.arguments.items()
                 }
                 if self._arguments
-                else sorted(redact(name[:_LONGEST]) for name in step.arguments),
+                else sorted(redact(name)[:_LONGEST] for name in step.arguments),
                 "outcome": step.outcome,
                 "problem": problem,
                 "seconds": round(step.seconds, 6),

@@ -187,7 +187,7 @@ class AgentSettings(_Section):
     reply_tokens: int = Field(default=0, ge=0)
     """Tokens of each reply, if the request names no limit; 0: `rollout.max_turn_tokens` of the run."""
     seconds: float = Field(default=120.0, gt=0)
-    """For one request, all its replies and tools together."""
+    """For one request, all its replies and tools together; after it nothing is begun."""
     tool_seconds: float = Field(default=10.0, gt=0)
     """For one call of a tool."""
     tools_at_once: int = Field(default=16, ge=1)

@@ -377,20 +377,25 @@ def test_every_call_is_a_line_without_personal_data(meters, tmp_path, caplog):
 
     async def play(arguments):
         box = tools(bench, meters, Audit(file, arguments=arguments))
-        for text in ('CALL say x="jo@shop.example 4111 1111 1111 1111"', "CALL fails", "CALL nobody x=1"):
+        for text in (
+            'CALL say x="jo@shop.example 4111 1111 1111 1111"', "CALL fails", "CALL nobody x=1",
+            f'CALL say x="{"x" * 190} 4111 1111 1111 1111"',
+        ):  # fmt: skip
             await box.take(step(text), request="req-1", caller="shop", seconds=9)
 
     asyncio.run(play(True))
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["tool"], line["outcome"], line["problem"]) for line in lines] == [
         ("say", "done", ""), ("fails", "failed", "ZeroDivisionError"), ("", "malformed", ""),
+        ("say", "done", ""),
     ]  # fmt: skip
+    assert lines[3]["arguments"] == {"x": f"{'x' * 190} [card]"}  # 4111 1111 if it were cut before
     assert lines[0]["arguments"] == {"x": "[email] [card]"}
     assert {(line["request"], line["key"], line["version"]) for line in lines} == {("req-1", "shop", "v1")}
     assert all(line["seconds"] >= 0 and line["time"] for line in lines)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     # Other tests may have left more than one way from the logger to here.
-    assert len({id(record) for record in caplog.records if "tool call {" in record.getMessage()}) == 3
+    assert len({id(record) for record in caplog.records if "tool call {" in record.getMessage()}) == 4
     assert "jo@" not in caplog.text
     file.unlink()
     asyncio.run(play(False))
@@ -459,6 +464,8 @@ def test_half_of_a_call_is_not_carried_out(meters):
         (["CALL ok"] * 3, "agent_turns_exceeded"),
         (["CALL ok", ApiError(503, "replica_lost", "x")], "replica_lost"),
         (["CALL ok", "..."], "deadline_exceeded"),
+        (["CALL ok", RuntimeError("a secret")], "internal_error"),
+        (["CALL ok", *[ApiError(429, "overloaded", "x", retry_after=0.01)] * 99], "deadline_exceeded"),
     ],
 )
 def test_an_error_after_a_call_is_told_beside_it(meters, replies, code):
@@ -467,6 +474,46 @@ def test_an_error_after_a_call_is_told_beside_it(meters, replies, code):
     assert isinstance(events[-2], Halted)
     assert events[-2].code == code
     assert events[-1] == Ended(0, "length", 0)
+
+
+def test_an_agent_that_has_acted_waits_for_room(meters):
+    busy = ApiError(429, "overloaded", "x", retry_after=0.01)
+    answered = scripted("CALL ok", busy, busy, "done")
+    events = play(answered, tools(Bench(), meters))
+    assert [type(event) for event in events] == [Began, Stepped, Began, Piece, Ended]
+    assert answered.asked[1] == answered.asked[3]
+    with pytest.raises(ApiError, match="overloaded"):  # who has done nothing may as well ask again
+        play(scripted(busy, "done"), tools(Bench(), meters))
+
+
+def test_what_reading_a_call_raises_after_another_is_told_beside_it(meters):
+    bench = Bench()
+    read = bench.read
+    bench.read = lambda text: 1 / 0 if text == "bad" else read(text)
+    events = play(scripted("CALL ok", "bad"), tools(bench, meters))
+    assert events[-2:] == [Halted("internal_error", "the server failed to answer"), Ended(0, "length", 0)]
+    with pytest.raises(ZeroDivisionError):
+        play(scripted("bad"), tools(bench, meters))
+
+
+@pytest.mark.parametrize("kind", [Bench, AsyncBench])
+def test_a_tool_for_which_no_time_is_left_is_not_begun(meters, kind):
+    """It would do its work, and the policy be told that it took too long."""
+    bench = kind()
+
+    async def play():
+        box = tools(bench, meters, tool_seconds=5)
+        for seconds in (0.0, -1.0):
+            with pytest.raises(ApiError, match="deadline_exceeded"):
+                await box.take(step("CALL ok"), request="r", caller="s", seconds=seconds)
+        assert await box.take(step("an answer"), request="r", caller="s", seconds=0.0) is None
+        await asyncio.to_thread(box._threads.shutdown)
+        assert bench.called == []
+
+    asyncio.run(play())
+    # One that was begun has its own time.
+    done = asyncio.run(tools(bench, meters).take(step("CALL ok"), request="r", caller="s", seconds=1e-9))
+    assert (done.outcome, bench.called) == ("done", [("ok", "s")])
 
 
 @pytest.mark.parametrize(
