@@ -46,6 +46,8 @@ class _Canary:
 
     held: HeldPolicy
     share: float
+    started: int
+    """See `Source.canary_started`: what is started again is tried again."""
     failures: int = 0
 
     def takes(self, ask: Ask) -> bool:
@@ -70,7 +72,7 @@ class PolicyReplica:
         self._canary: _Canary | None = None
         self._tallies = Tallies(self._meters)
         self._refused: set[tuple[str, int]] = set()
-        self._refused_canaries: set[tuple[str, int]] = set()  # until there is none any more
+        self._refused_canaries: set[tuple[str, int, int]] = set()  # until there is none any more
         self._problem = self._canary_problem = ""
         self._watch: asyncio.Task[None] | None = None
         if settings.redact:
@@ -186,13 +188,18 @@ class PolicyReplica:
         await before.retire()
         return True
 
-    def _refuse(self, candidate: Candidate, error: Exception, *, canary: bool = False) -> None:
-        key, problem = (candidate.label, candidate.stamp), f"{candidate.label}: {_sentence(error)}"
-        if canary:
-            self._refused_canaries.add(key)
+    def _refuse(self, candidate: Candidate, error: Exception, started: int | None = None) -> None:
+        """Note that a version cannot answer.
+
+        Args:
+            started: of a canary.
+        """
+        problem = f"{candidate.label}: {_sentence(error)}"
+        if started is not None:
+            self._refused_canaries.add((candidate.label, candidate.stamp, started))
             self._canary_problem = problem
         else:
-            self._refused.add(key)
+            self._refused.add((candidate.label, candidate.stamp))
             self._problem = problem
         self._meters.add("swaps", 1, outcome="refused")
         _log.error("a checkpoint was refused: %s", problem)
@@ -200,6 +207,7 @@ class PolicyReplica:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._settings.swap.poll_seconds)
+            await self._drop_canary()  # first: a third model would have to be in memory as well
             await self._follow_stable()
             await self._follow_canary()
 
@@ -211,13 +219,30 @@ class PolicyReplica:
             return
         if wanted is None or _same(wanted, self._policy().candidate):
             return
-        if (wanted.label, wanted.stamp) not in self._refused:
+        canary = self._canary
+        proved = canary is not None and _same(wanted, canary.held.candidate)
+        if proved or (wanted.label, wanted.stamp) not in self._refused:
             await self.swap(wanted)
+
+    async def _drop_canary(self) -> None:
+        """End a canary that is not tried any more, and was not promoted: that one is taken over as it is."""
+        canary = self._canary
+        if canary is None:
+            return
+        try:
+            tried, stable = await asyncio.to_thread(lambda: (self._source.canary(), self._source.wanted()))
+        except StatesetError:
+            return  # it is told where they are followed
+        wanted = (tried and tried[0], stable)
+        if self._canary is canary and not any(one and _same(one, canary.held.candidate) for one in wanted):
+            await self._end_canary(canary)
 
     async def _follow_canary(self) -> None:
         """Load, keep or end the canary, as the run's folder says; what is wrong with it changes nothing."""
         try:
-            wanted = await asyncio.to_thread(self._source.canary)
+            started, wanted = await asyncio.to_thread(
+                lambda: (self._source.canary_started(), self._source.canary())
+            )
         except StatesetError as error:
             self._canary_problem = error.problem
             return
@@ -225,19 +250,18 @@ class PolicyReplica:
         if wanted is None:
             self._canary_problem = ""
             self._refused_canaries.clear()
-            if canary is not None:
-                await self._end_canary(canary)
+            await self._drop_canary()
             return
         candidate, share = wanted
         if canary is not None and _same(candidate, canary.held.candidate):
-            canary.share = share
-        elif (candidate.label, candidate.stamp) not in self._refused_canaries:
+            canary.share, canary.started = share, started
+        elif (candidate.label, candidate.stamp, started) not in self._refused_canaries:
             if canary is not None:
                 await self._end_canary(canary)
             try:
-                self._canary = _Canary(await self._load(candidate), share)
+                self._canary = _Canary(await self._load(candidate), share, started)
             except Exception as error:  # as in `swap`
-                self._refuse(candidate, error, canary=True)
+                self._refuse(candidate, error, started)
                 return
             self._canary_problem = ""
             _log.info("version %s answers a share of %g", candidate.label, share)
@@ -247,7 +271,7 @@ class PolicyReplica:
         canary.failures += 1
         _log.error("the canary %s failed: %s", canary.held.candidate.label, error.problem)
         if canary.failures >= self._settings.swap.canary_failures and self._canary is canary:
-            self._refuse(canary.held.candidate, error, canary=True)
+            self._refuse(canary.held.candidate, error, canary.started)
             await self._end_canary(canary)
 
     async def _end_canary(self, canary: _Canary) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stateset_ray.checkpoint import open_checkpoint
+from stateset_ray.checkpoint import CANARY, open_checkpoint
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import CheckpointError
 from stateset_ray.manifest import MANIFEST, verify
@@ -125,6 +125,13 @@ class Source:
         except OSError as error:
             raise CheckpointError("the canary's checkpoint is gone", given=found[0]) from error
         return (candidate, found[1]) if candidate else None
+
+    def canary_started(self) -> int:
+        """When somebody last said which canary is tried, as the file system has it; 0 for never."""
+        try:
+            return (self.run / CANARY).stat().st_mtime_ns if self.run is not None else 0
+        except OSError:
+            return 0
 
     def _named(self, name: str) -> Candidate | None:
         if self.run is None or not STEP.fullmatch(name):

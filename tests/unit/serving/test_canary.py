@@ -232,6 +232,61 @@ def test_a_canary_that_fails_is_noticed_by_nobody_and_ends(start, recorders):
     asyncio.run(play())
 
 
+def test_one_that_was_refused_is_tried_when_it_is_started_again(start, run):
+    async def play():
+        replica = await start(failures=1)
+
+        async def broken(*_, **__):
+            raise InfrastructureFault("no finite probabilities")
+
+        replica._canary.held.engine.reply = broken
+        assert await version(replica, asked(session_of(canary=True))) == ONE
+        await replica._follow_canary()
+        assert replica._canary is None
+        release.rollback(run)  # between two looks of the replica
+        release.start_canary(run, TWO, 0.5)
+        await replica._follow_canary()
+        assert await version(replica, asked(session_of(canary=True))) == TWO
+
+    asyncio.run(play())
+
+
+def test_promoted_between_two_looks_it_is_taken_over_as_it_is(start, run):
+    async def play():
+        replica = await start()
+        tried = replica._canary.held
+        release.promote(run)
+        await replica._follow_canary()  # the replica had looked at what is stable just before
+        assert replica._canary.held is tried
+        await replica._follow_stable()
+        assert (replica._held, replica._canary) == (tried, None)
+
+    asyncio.run(play())
+
+
+def test_a_canary_is_ended_before_a_third_version_is_loaded(start, run):
+    async def play():
+        replica = await start(poll=0.01)
+        load, beside = replica._load, []
+
+        async def noted(candidate):
+            beside.append(replica._canary)
+            return await load(candidate)
+
+        replica._load = noted
+        save(run, 3, 0.9)
+        release.pin(run, "step-00000003")
+
+        async def there():
+            return (await replica.status())["step"] == 3
+
+        await reaches(there)
+        assert beside == [None]
+        replica._watch.cancel()
+
+    asyncio.run(play())
+
+
 def test_one_that_breaks_off_is_sent_elsewhere_to_no_canary(start):
     async def play():
         replica = await start()
