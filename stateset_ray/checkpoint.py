@@ -48,7 +48,7 @@ from stateset_ray.manifest import (
 
 __all__ = [
     "BEFORE", "CANARY", "PIN", "Checkpoint", "abort", "begin", "commit", "latest", "open_checkpoint", "peek",
-    "pointed", "save", "verify",
+    "pointed", "save", "served", "verify",
 ]  # fmt: skip
 
 PIN = "serve-pin"
@@ -309,9 +309,9 @@ def _point(root: Path, name: str) -> None:
 def _retain(root: Path, step: int, keep: int) -> None:
     """Delete all but the `keep` newest at or below `step`; the one just committed is the first of these."""
     whole = [f for f in _steps(root) if f[0] <= step and not f[1].suffix and (f[1] / MANIFEST).is_file()]
-    served = _served(root.parent)
+    kept = served(root.parent)
     for _, folder in sorted(whole, reverse=True)[keep:]:
-        if folder.name in served:  # an endpoint answers with it, or may have to again
+        if folder.name in kept:  # an endpoint answers with it, or may have to again
             continue
         try:
             doomed = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
@@ -322,8 +322,14 @@ def _retain(root: Path, step: int, keep: int) -> None:
             _logger.warning("the old checkpoint %s cannot be removed: %s", folder, error)
 
 
-def _served(run: Path) -> set[str]:
-    """Checkpoints that the files of an endpoint name: the first word of each line."""
+def served(run: Path) -> set[str]:
+    """Checkpoints that the files of an endpoint name: the first word of each line.
+
+    The endpoint may replace or remove these files meanwhile: what cannot be read names nothing.
+
+    Args:
+        run: the run's folder.
+    """
     names: set[str] = set()
     for name in (PIN, CANARY, BEFORE):
         with suppress(OSError):

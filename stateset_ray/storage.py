@@ -106,7 +106,10 @@ class Storage:
         found = self._try("list the checkpoints", self._steps)
         return sorted(((step, name) for step, name, whole in found if whole), reverse=True)
 
-    def upload(self, folder: Path, *, keep: int, spare: Iterable[str] = ()) -> None:
+    def upload(
+        self, folder: Path, *, keep: int, spare: Iterable[str] = (),
+        go_on: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         """Send a checkpoint, its manifest last, then remove old ones.
 
         One that is there already, byte for byte, is not sent again.
@@ -115,6 +118,7 @@ class Storage:
             folder: a checkpoint's folder on the disk, which nobody changes meanwhile.
             keep: how many to keep at or below its step.
             spare: names of checkpoints that stay besides.
+            go_on: called before each change; what it raises ends the upload there.
 
         Raises:
             CheckpointError: it could not be sent; those that were whole before still are.
@@ -127,14 +131,28 @@ class Storage:
                 there.read_bytes() == (folder / MANIFEST).read_bytes()
             )
         if not same:
+            go_on()
             self._try(f"clear {target}", lambda: self._discard(target))
             for name, size in sizes.items():
+                go_on()
                 self._transfer(folder / name, f"{target}/{name}", size)
+            go_on()
             self.put(folder / MANIFEST, f"{target}/{MANIFEST}")
+        go_on()
         try:
             self._retain(step, keep, set(spare))
         except Exception as error:  # what was sent is whole; the next upload tries again
             _logger.warning("old checkpoints in %s cannot be removed: %s", self.address, error)
+
+    def take_back(self, step: int) -> None:
+        """Remove every checkpoint above a step: what a run has left behind by going back to it.
+
+        Raises:
+            CheckpointError: the storage does not answer.
+        """
+        for above, name, _ in self._try("list the checkpoints", self._steps):
+            if above > step:
+                self._try(f"remove {name}", lambda n=name: self._discard(f"{_CHECKPOINTS}/{n}"))  # type: ignore[misc]
 
     def fetch(self, root: Path, *, above: int = -1, keep: int) -> Path | None:
         """Bring the newest checkpoint that is whole to the last byte into a run's `checkpoints` folder.

@@ -17,7 +17,7 @@ def adopt(run: Run, path: Path) -> None:
 
     Ranks that have learned already are built anew, in their bundles; the rollout workers stay. The weights
     are published under a new lineage, since the run may have had others of the same version. Where the run's
-    learner is lost later, this is what it goes back to.
+    learner is lost later, this is what it goes back to; the run's mirror loses what is above it.
 
     Args:
         path: a checkpoint folder, on storage that the learner ranks see too if `run.dir` is.
@@ -36,7 +36,8 @@ def adopt(run: Run, path: Path) -> None:
                 shutil.copy2(part, folder / part.name)
 
     keep = run.config.train.keep_checkpoints
-    checkpoint.save(run.folder / "checkpoints", found.step, copy, meta=found.meta, keep=keep)
+    path = checkpoint.save(run.folder / "checkpoints", found.step, copy, meta=found.meta, keep=keep)
+    run.keeper.adopted(path)
     if not run.learners.fresh:
         run.learners.end()
         run.learners.start()

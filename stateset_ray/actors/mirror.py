@@ -4,7 +4,9 @@ A checkpoint is saved on the disk first; a thread sends it on while the run trai
 
 Who waits: the next save, and the end of the run, for the thread, at most `learner.timeout` seconds; what
 unblocks it is the storage. An upload that failed or took longer is given up with a warning, since the
-checkpoint after it replaces it. Only when the last one is missing at the end does the run fail.
+checkpoint after it replaces it. One that took longer changes nothing more once the storage answers, and
+until then no other is begun, so that none overtakes it. Only when the last one is missing at the end does
+the run fail.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from stateset_ray import checkpoint
 from stateset_ray.config import Config, RunConfig
 from stateset_ray.errors import CheckpointError
+from stateset_ray.manifest import peek
 from stateset_ray.storage import Storage
 
 __all__ = ["Keeper", "bring", "claim", "mirror_of"]
@@ -94,6 +97,7 @@ class Keeper:
         self._mirror = mirror
         self._upload: _Upload | None = None
         self._missing: Path | None = None  # the newest checkpoint, where it is not in the mirror
+        self._behind = False  # whether the mirror may have checkpoints that the run has gone back from
 
     def save(self, step: int, write: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
         """Save a checkpoint of `step`; see `checkpoint.save`. What was saved before is sent by then.
@@ -101,14 +105,24 @@ class Keeper:
         Raises:
             CheckpointError: it could not be saved on the disk.
         """
-        self._settle(step)  # retention may remove what is being sent
+        free = self._settle(step)  # retention may remove what is being sent
         started = time.monotonic()
         path = checkpoint.save(self._folder / "checkpoints", step, write, meta=meta, keep=self._keep)
         self._emit("checkpoint", path=str(path), seconds=time.monotonic() - started)
         if self._mirror is not None:
             self._missing = path
-            self._upload = self._start(self._mirror, path)
+            if free:
+                self._upload = self._start(self._mirror, path)
         return path
+
+    def adopted(self, path: Path) -> None:
+        """A checkpoint of elsewhere is the newest one now: send it, and remove those above it there."""
+        if self._mirror is None:
+            return
+        free = self._settle(peek(path).step)
+        self._missing, self._behind = path, True
+        if free:
+            self._upload = self._start(self._mirror, path)
 
     def __enter__(self) -> Keeper:
         return self
@@ -121,11 +135,13 @@ class Keeper:
         Raises:
             CheckpointError: the newest checkpoint is not in the mirror, and nothing worse ended the run.
         """
-        self._settle(None)
+        free = self._settle(None)
         if self._mirror is None:
             return
-        last = self._start(self._mirror, self._missing)
-        fault = last.wait(self._limit)
+        upload = self._upload
+        if free or upload is None or upload.ended(self._limit):
+            upload = self._start(self._mirror, self._missing)
+        fault = upload.wait(self._limit)
         if not fault:
             return
         if error is None or isinstance(error, KeyboardInterrupt):
@@ -136,69 +152,88 @@ class Keeper:
         self._warn(None, fault)
 
     def _start(self, mirror: Storage, path: Path | None) -> _Upload:
-        return _Upload(mirror, self._folder, path, self._keep)
+        return _Upload(mirror, self._folder, path, self._keep, behind=self._behind)
 
-    def _settle(self, step: int | None) -> None:
-        """Wait for the upload under way and tell how it ended."""
-        if self._upload is None or self._mirror is None:
-            return
-        fault = self._upload.wait(self._limit)
+    def _settle(self, step: int | None) -> bool:
+        """Wait for the upload under way and tell how it ended; False where it has not, and is given up."""
+        upload = self._upload
+        if upload is None or self._mirror is None:
+            return True
+        fault = upload.wait(self._limit)
         if fault:
             self._warn(step, fault)
+            if not upload.ended():
+                return False
         else:
-            self._missing = None
-            seconds = self._upload.seconds
-            self._emit("mirrored", address=self._mirror.address, name=self._upload.name, seconds=seconds)
+            if self._missing is not None and self._missing.name == upload.name:
+                self._missing, self._behind = None, False
+            seconds = upload.seconds
+            self._emit("mirrored", address=self._mirror.address, name=upload.name, seconds=seconds)
         self._upload = None
+        return True
 
     def _warn(self, step: int | None, fault: str) -> None:
         mend = "check the storage; the checkpoints on this machine's disk are whole"
         self._emit("warning", step=step, name="not_mirrored", text=fault, mend=mend, fatal=False)
 
 
-def _served(folder: Path) -> list[str]:
-    """Checkpoints that an endpoint of the run is held at; the first word of each line in its files."""
-    lines: list[str] = []
-    for file in folder.glob(f"{checkpoint.PIN.partition('-')[0]}-*"):
-        lines += file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line.split()[0] for line in lines if line.strip()]
-
-
 class _Upload:
     """One checkpoint and the run's files, as they are now, on their way in a thread."""
 
-    def __init__(self, mirror: Storage, folder: Path, path: Path | None, keep: int) -> None:
+    def __init__(self, mirror: Storage, folder: Path, path: Path | None, keep: int, *, behind: bool) -> None:
         self.name = path.name if path is not None else ""
         self.seconds = 0.0
         self._fault = ""
         self._mirror = mirror
         self._path = path
         self._keep = keep
+        self._behind = behind
+        self._given_up = threading.Event()
+        # A daemon, so that a storage that never answers does not keep the process.
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        try:
+            self._prepare(folder)
+        except OSError as error:  # no room for the copies, say: a fault of the upload, not of the run
+            self._fault = f"{self.name or 'the files'}: {error}"
+        else:
+            self._thread.start()
+
+    def _prepare(self, folder: Path) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="stateset-mirror-")
         copied = Path(self._scratch.name)
         # The run goes on writing: copies hold whole lines, and at least those of the checkpoint's steps.
         self._beside = [copied / name for name in _BESIDE if (folder / name).is_file()]
         for file in self._beside:
             shutil.copyfile(folder / file.name, file)
-        self._spare = _served(folder)
-        # A daemon, so that a storage that never answers does not keep the process.
-        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
-        self._thread.start()
+        self._spare = checkpoint.served(folder)
 
     def wait(self, limit: float) -> str:
-        """What went wrong, within so many seconds; empty if nothing."""
-        self._thread.join(limit)
-        if self._thread.is_alive():
+        """What went wrong, within so many seconds; empty if nothing. What takes longer is given up."""
+        if not self.ended(0.0 if self._given_up.is_set() else limit):
+            self._given_up.set()
             return f"sending {self.name or 'the files'} to {self._mirror.address} took more than {limit:g} s"
         return self._fault
+
+    def ended(self, limit: float = 0.0) -> bool:
+        """Whether it has ended, one way or the other, within so many seconds."""
+        if self._thread.is_alive():
+            self._thread.join(limit)
+        return not self._thread.is_alive()
+
+    def _go_on(self) -> None:
+        if self._given_up.is_set():
+            raise CheckpointError("it took too long and was given up")
 
     def _run(self) -> None:
         started = time.monotonic()
         try:
             for file in self._beside:
+                self._go_on()
                 self._mirror.put(file, file.name)
             if self._path is not None:
-                self._mirror.upload(self._path, keep=self._keep, spare=self._spare)
+                self._mirror.upload(self._path, keep=self._keep, spare=self._spare, go_on=self._go_on)
+                if self._behind:
+                    self._mirror.take_back(peek(self._path).step)
         except Exception as error:  # whatever it is, the run must hear of it rather than lose its checkpoints
             self._fault = f"{self.name or 'the files'}: {error}".partition("\n")[0]
         finally:

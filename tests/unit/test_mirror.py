@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stateset_ray import checkpoint
+from stateset_ray.actors.adoption import adopt
 from stateset_ray.actors.mirror import Keeper, mirror_of
 from stateset_ray.actors.run_folder import begun, open_folder
 from stateset_ray.config import Config, load_config
@@ -231,3 +235,76 @@ def test_a_mirror_that_cannot_be_one_is_refused(address: str, words: str) -> Non
 def test_a_mirror_is_kept_in_the_configuration(address: str) -> None:
     config = load_config(None, [f'run.mirror="{address}"'])
     assert config.run.mirror == address
+
+
+def test_what_an_endpoint_removes_meanwhile_does_not_end_the_run(
+    tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / f"{checkpoint.PIN}-gone").symlink_to(tmp_path / "nowhere")  # listed, not readable
+    config = settings(tmp_path, mirror)
+    (config.run.folder / "config.toml").write_text(config.to_toml())
+    keeper = Keeper(config, config.run.folder, noting([]), mirror_of(config.run))
+    save_one_and_end(keeper, None)
+    assert [step for step, _ in Storage(f"{mirror}/demo").whole()] == [1]
+
+
+def test_a_full_disk_under_the_copies_is_a_warning(
+    tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = open_folder(settings(tmp_path, mirror), resume=False)
+    events: Events = []
+    real, left = shutil.copyfile, [OSError(28, "No space left on device")]
+
+    def copyfile(source: Any, target: Any, **more: Any) -> Any:
+        if left:
+            raise left.pop()
+        return real(source, target, **more)
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    save_one_and_end(Keeper(config, folder, noting(events), mirror_of(config.run)), None)
+    assert [name for name, _ in events] == ["checkpoint", "warning"]
+    assert "No space left" in events[1][1]["text"]
+    assert [step for step, _ in Storage(f"{mirror}/demo").whole()] == [1]  # sent at the end
+
+
+def test_an_upload_that_was_given_up_overwrites_nothing_newer(
+    tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = open_folder(settings(tmp_path, mirror, "learner.timeout=0.3"), resume=False)
+    events: Events = []
+    hangs, answers = threading.Event(), threading.Event()
+    real = Storage.put
+
+    def put(self: Storage, file: Path, name: str) -> None:
+        if threading.current_thread().name == "mirror" and not answers.is_set():
+            hangs.set()
+            assert answers.wait(20)
+        real(self, file, name)
+
+    monkeypatch.setattr(Storage, "put", put)
+    with Keeper(config, folder, noting(events), mirror_of(config.run)) as keeper:
+        keeper.save(1, lambda at: (at / "weights").write_text("1"), {})
+        assert hangs.wait(20)
+        keeper.save(2, lambda at: (at / "weights").write_text("2"), {})
+        assert [t.name for t in threading.enumerate()].count("mirror") == 1  # none beside the one that hangs
+        answers.set()
+    assert [name for name, _ in events][:3] == ["checkpoint", "warning", "checkpoint"]
+    assert [step for step, _ in Storage(f"{mirror}/demo").whole()] == [2]  # the first was not completed late
+
+
+def test_a_run_that_went_back_is_not_resumed_from_what_it_left_behind(tmp_path: Path, mirror: str) -> None:
+    config = settings(tmp_path, mirror, "train.keep_checkpoints=9")
+    trained(config, range(4))
+    folder = config.run.folder
+    with Keeper(config, folder, noting([]), mirror_of(config.run)) as keeper:
+        learners = SimpleNamespace(fresh=True)
+        run: Any = SimpleNamespace(folder=folder, config=config, keeper=keeper, learners=learners)
+        run.rewinds, run.version = 0, 2
+        run.restore, run.publish = lambda: None, lambda version: None
+        adopt(run, folder / "checkpoints" / "step-00000002")
+    assert [step for step, _ in Storage(f"{mirror}/demo").whole()] == [2, 1]
+    trained(config, range(2, 3), resume=True)
+    open_folder(config, resume=True)
+    found = checkpoint.latest(folder / "checkpoints")
+    assert found is not None and (found.step, (found.path / "weights").read_text()) == (3, "3")
