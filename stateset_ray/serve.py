@@ -174,7 +174,7 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
 
 
 def write_deploy_file(settings: ServeSettings, path: Path, host: str, port: int) -> None:
-    """Write the file that `serve deploy` takes.
+    """Write the file that `serve deploy` takes; with mode 0600, since URLs in it may have passwords.
 
     Raises:
         ConfigError: there is a file of that name.
@@ -183,7 +183,8 @@ def write_deploy_file(settings: ServeSettings, path: Path, host: str, port: int)
 
     text = deploy_file(settings, host, port, path.name)
     try:
-        with path.open("x", encoding="utf-8") as file:
+        place = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(place, "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise ConfigError(

@@ -174,7 +174,7 @@ class _Visit:
         self.id = self.headers.get(_REQUEST_ID) or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.id
         # An application may be mounted below a prefix, which is no part of its routes.
-        self.path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        self.path = str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
         self.caller: Caller | None = None
         self.started = time.monotonic()
         self.status = 499  # the client left before there was any

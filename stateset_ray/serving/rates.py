@@ -15,6 +15,7 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from limits.storage import storage_from_string
 
 from stateset_ray.serving.faults import ApiError
+from stateset_ray.serving.security import with_password
 from stateset_ray.serving.settings import RateSettings
 
 __all__ = ["Rates"]
@@ -31,7 +32,7 @@ class Rates:
 
     def __init__(self, settings: RateSettings) -> None:
         self._allowed = limits.parse(settings.requests)
-        storage = storage_from_string(f"async+{settings.storage}")
+        storage = storage_from_string(f"async+{with_password(settings.storage)}")
         self._limiter = MovingWindowRateLimiter(storage)
         self._concurrent = settings.concurrent
         self._running: Counter[str] = Counter()

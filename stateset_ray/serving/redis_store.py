@@ -11,6 +11,7 @@ All keys of a conversation expire together. What must not be interleaved is watc
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import redis.asyncio
 import redis.exceptions
 
+from stateset_ray.serving.security import with_password
 from stateset_ray.serving.settings import ConversationSettings
 from stateset_ray.serving.store import (
     Conversation,
@@ -36,19 +38,24 @@ __all__ = ["RedisStore"]
 
 _T = TypeVar("_T")
 _WAIT = 5.0  # seconds for an answer of the server
+_ID = re.compile(r"conv_[0-9a-f]{32}")  # another name may be that of another key: `conv_...:items`
 
 
 class RedisStore:
     """See `store.Store`.
 
     Args:
-        settings: the server's URL, and the limits.
+        settings: the server's URL, and the limits. A password may come from the environment
+            (`security.with_password`).
     """
 
     def __init__(self, settings: ConversationSettings) -> None:
         self._settings = settings
         self._redis = redis.asyncio.Redis.from_url(
-            settings.store, decode_responses=True, socket_timeout=_WAIT, socket_connect_timeout=_WAIT
+            with_password(settings.store),
+            decode_responses=True,
+            socket_timeout=_WAIT,
+            socket_connect_timeout=_WAIT,
         )
 
     async def create(
@@ -166,6 +173,8 @@ class RedisStore:
 
     @staticmethod
     async def _owned(pipe: Any, owner: str, id: str) -> dict[str, str]:
+        if not _ID.fullmatch(id):
+            raise no_such()
         found: dict[str, str] = await pipe.hgetall(_key(id))
         if found.get("owner") != owner:
             raise no_such()

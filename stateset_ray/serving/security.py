@@ -20,6 +20,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,10 +28,15 @@ from stateset_ray.errors import ConfigError
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.settings import KeyEntry, SecuritySettings
 
-__all__ = ["ENVIRONMENT", "Caller", "KeyRing", "add_key", "check_tls", "digest", "entries", "is_loopback"]
+__all__ = [
+    "ENVIRONMENT", "REDIS_PASSWORD", "Caller", "KeyRing", "add_key", "check_tls", "digest", "entries",
+    "is_loopback", "with_password",
+]  # fmt: skip
 
 ENVIRONMENT = "STATESET_RAY_API_KEYS"
 """The environment variable with keys of the scope `chat`, separated by commas."""
+REDIS_PASSWORD = "STATESET_RAY_REDIS_PASSWORD"
+"""The environment variable with the password of Redis, on every node: in settings it would stand in files."""
 
 _log = logging.getLogger(__name__)
 _PREFIX = "sk-ssr-"
@@ -194,6 +200,21 @@ def check_tls(settings: SecuritySettings) -> None:
         raise ConfigError(
             f"the certificate of TLS and its key cannot be used: {error}", given=str(settings.tls_cert)
         ) from error
+
+
+def with_password(url: str, environ: Mapping[str, str] | None = None) -> str:
+    """The URL of a Redis, with the password of the environment where it has none of its own.
+
+    Example:
+        >>> with_password("redis://10.0.0.5:6379/0", {"STATESET_RAY_REDIS_PASSWORD": "a/b"})
+        'redis://:a%2Fb@10.0.0.5:6379/0'
+    """
+    password = (os.environ if environ is None else environ).get(REDIS_PASSWORD, "")
+    parts = urlsplit(url)
+    if not password or parts.scheme not in ("redis", "rediss") or parts.password is not None:
+        return url
+    user, _, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
 
 
 def is_loopback(host: str) -> bool:

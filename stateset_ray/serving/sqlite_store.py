@@ -220,7 +220,7 @@ class SqliteStore:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """The file with its tables; tried again, since who makes it locks out others without letting them wait."""
+    """The file with its tables; tried again, since who makes it locks out others, who do not wait."""
     end = time.monotonic() + _WAIT
     while True:
         database = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)

@@ -53,6 +53,7 @@ def test_a_file_for_serve_is_written_and_checked(run, tmp_path):
     arguments = (run, "--keys", "keys.json", "--host", "0.0.0.0", "--write", "policy.yaml")
     told(*arguments, "--set", "policy.slots=3", "--set", "model_id=shop/v1")
     tree = yaml.safe_load((tmp_path / "policy.yaml").read_text())
+    assert (tmp_path / "policy.yaml").stat().st_mode & 0o777 == 0o600
     args = tree["applications"][0]["args"]
     assert (args["policy"], args["model_id"], args["source"]) == ({"slots": 3}, "shop/v1", str(run))
     assert args["security"] == {"keys_file": str(tmp_path / "keys.json")}

@@ -228,6 +228,8 @@ def test_below_a_prefix_the_same_holds(make):
             assert (await web.get("/shop/admin/weights")).status_code == 403
             del web.headers["authorization"]
             assert (await web.get("/shop/healthz")).status_code == 200
+            assert (await web.get("/shop/")).status_code == 200  # the page
+            assert (await web.get("/shop", follow_redirects=True)).status_code == 200
             assert (await web.get("/shop/v1/models")).status_code == 401
 
     asyncio.run(play())

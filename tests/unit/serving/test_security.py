@@ -16,7 +16,7 @@ from stateset_ray.errors import ConfigError
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.rates import Rates
 from stateset_ray.serving.redaction import RedactingFilter, redact
-from stateset_ray.serving.security import ENVIRONMENT, KeyRing, add_key, digest, is_loopback
+from stateset_ray.serving.security import ENVIRONMENT, KeyRing, add_key, digest, is_loopback, with_password
 from stateset_ray.serving.settings import KeyEntry, RateSettings, SecuritySettings
 
 LONG = "k" * 32
@@ -115,6 +115,15 @@ def test_a_file_that_others_can_write_is_refused(tmp_path):
         add_key(path, "a")
     with pytest.raises(ConfigError, match="name may hold"):
         add_key(path, "../b")
+
+
+def test_a_password_of_redis_comes_from_the_environment():
+    given = {"STATESET_RAY_REDIS_PASSWORD": "p@/:"}
+    assert with_password("redis://h:6379/0", given) == "redis://:p%40%2F%3A@h:6379/0"
+    assert with_password("rediss://me@h/0", given) == "rediss://me:p%40%2F%3A@h/0"
+    for url in ("redis://:own@h/0", "memory://", "sqlite:////kept.db"):
+        assert with_password(url, given) == url
+    assert with_password("redis://h/0", {}) == "redis://h/0"
 
 
 def test_loopback():

@@ -110,6 +110,8 @@ def test_for_another_key_there_is_none_of_it(play):
         for what in (
             store.get("thief", made.id), store.items("thief", made.id), store.delete("thief", made.id),
             store.claim("thief", made.id, 5), store.get("shop", "conv_none"), store.get("shop", ""),
+            store.get("shop", f"{made.id}:items"), store.claim("shop", f"{made.id}:claim", 5),
+            store.items("shop", f"{made.id}\n"),
             store.append("thief", made.id, "", [HI]), store.append("shop", "conv_none", "", [HI]),
         ):  # fmt: skip
             with refused("conversation_not_found"):
