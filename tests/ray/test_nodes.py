@@ -31,6 +31,7 @@ def balanced(run: dict[str, Any]) -> bool:
     return bool(counts["dispatched"] == ended)
 
 
+@pytest.mark.slow  # a node that dies is in every schedule of tests/ray/faults, which is not slow
 @pytest.mark.timeout(420)
 def test_learner_ranks_on_two_nodes_survive_the_death_of_one(tmp_path: Path) -> None:
     run = measured("lost", tmp_path, "--steps", "3")
