@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ __all__ = [
     "encode",
     "failpoint",
     "peek",
+    "replace_whole",
     "seal",
     "sync_folder",
     "verify",
@@ -197,6 +199,21 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_whole(path: Path, content: bytes) -> None:
+    """Write a file beside and rename it: whoever reads it sees the old content or the new one, never a part.
+
+    Raises:
+        OSError: the disk refuses; what was there is as it was.
+    """
+    beside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        write_synced(beside, content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

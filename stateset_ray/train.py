@@ -70,10 +70,15 @@ def _to_the_end(run: Run, take_step: TrainStep) -> dict[str, Any]:
     return run.finish()
 
 
-def advance(run: Run, take_step: TrainStep) -> Mapping[str, float]:
+def advance(
+    run: Run, take_step: TrainStep, before: Callable[[Run], None] | None = None
+) -> Mapping[str, float]:
     """Take a run one step further, for drivers that hold the loop themselves (a trial of a sweep, say).
 
     What comes before the first step is done, and the loss of a learner rank is recovered from, as in `train`.
+
+    Args:
+        before: instead of `prepare`.
 
     Raises:
         StatesetError: what went wrong; the last checkpoint is whole.
@@ -81,7 +86,7 @@ def advance(run: Run, take_step: TrainStep) -> Mapping[str, float]:
     wanted = run.step + 1
     while True:
         try:
-            prepare(run)
+            (before or prepare)(run)
             update: Mapping[str, float] = {}
             while run.step < wanted:
                 update = take_step(run, run.step)

@@ -12,6 +12,7 @@ import ray
 
 from stateset_ray.actors.publishing.transports import receiver
 from stateset_ray.config import Config
+from stateset_ray.errors import InfrastructureFault
 from stateset_ray.models import choose_hardware, generation_stop_ids, load_model, load_tokenizer
 from stateset_ray.policies.base import Engine, Policy, Reply, ReplyRequest
 from stateset_ray.policies.renderer import Renderer
@@ -78,7 +79,7 @@ class HeldEngine:
         self._engine = engine or _new_engine(config, peers, renderer)
         self._engine.version = _NO_WEIGHTS
         self._lineage = 0
-        self._fetched = False
+        self._asleep = False
         self._receiver = receiver(config)
         self._loading = asyncio.Lock()
         self._taking: set[asyncio.Task[bool]] = set()
@@ -108,19 +109,22 @@ class HeldEngine:
             if self._holds(version, lineage):
                 return False
             if handle is None:  # nothing was published: the weights it was built with
+                if self._asleep:
+                    raise InfrastructureFault(
+                        "an engine fell asleep before any weights were published: it has none to wake with"
+                    )
                 self._engine.version = version
                 return True
             arrived = await self._receiver.fetch(version, lineage, handle)
             await self._engine.load_weights(arrived.version, arrived.tensors)
-            self._lineage, self._fetched = lineage, True
+            self._lineage, self._asleep = lineage, False
             return True
 
     async def sleep(self) -> None:
-        """Give up the memory of weights and cache until `hold`; before the first published ones, nothing."""
+        """Give up the memory of weights and cache until `hold`, those that it was built with included."""
         async with self._loading:
-            if self._fetched:
-                await self._engine.sleep()
-                self._engine.version = _NO_WEIGHTS
+            await self._engine.sleep()
+            self._asleep, self._engine.version = True, _NO_WEIGHTS
 
     def _holds(self, version: int, lineage: int) -> bool:
         return self._lineage == lineage and self._engine.version >= version

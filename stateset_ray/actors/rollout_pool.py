@@ -77,6 +77,15 @@ class RolloutPool:
         """The actors that fetch weights: the engines apart, or the workers with an engine of their own."""
         return self._engines.actors or [w.actor for w in self._roster.live]
 
+    def beat(self) -> None:
+        """Restart what has not answered in time, workers that hold nothing included.
+
+        Raises:
+            ClusterError: see `Roster.beat`.
+        """
+        self._roster.beat(idle=True)
+        self._engines.beat()
+
     def announce(self) -> None:
         """Let all engines apart fetch the published weights now; see `InferencePool.announce`."""
         assert self.weights is not None

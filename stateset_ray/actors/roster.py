@@ -134,8 +134,11 @@ class Roster:
         self._ping(worker)
         return jobs
 
-    def beat(self) -> None:
+    def beat(self, *, idle: bool = False) -> None:
         """Ask workers that hold groups whether they are alive, and kill those that did not answer in time.
+
+        Args:
+            idle: ask those that hold none, too.
 
         Raises:
             ClusterError: a worker that the run needs has not come back within `cluster.wait_seconds`.
@@ -149,7 +152,7 @@ class Roster:
                         f"rollout worker {worker.index} did not come back within {self._wait_seconds:.0f} s",
                         mend="look at its log: is there room for it, and memory for its model?",
                     )
-            elif worker.load and worker.heartbeat.missed(worker.actor, limit):
+            elif (worker.load or idle) and worker.heartbeat.missed(worker.actor, limit):
                 _log.warning(
                     "rollout worker %d has not answered for %.0f s (rollout.heartbeat_timeout) and is "
                     "restarted; it was playing %s", worker.index, limit,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from stateset_ray.actors.record import step_record
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
 from stateset_ray.actors.run_folder import open_folder
+from stateset_ray.actors.stopping import stopping
 from stateset_ray.actors.task_stream import TaskStream
 from stateset_ray.actors.time_sharing import fall_asleep
 from stateset_ray.config import Config
@@ -34,6 +34,7 @@ from stateset_ray.errors import LearnerLost, RunError
 from stateset_ray.grpo.diagnosis import Problem, diagnose
 from stateset_ray.grpo.divergence import next_kl_coef
 from stateset_ray.learner.learner import LossKind
+from stateset_ray.manifest import replace_whole
 from stateset_ray.metrics import JsonLines, MemoryMeter, versions
 from stateset_ray.models import check_fits, check_reference, load_tokenizer, local_folder
 from stateset_ray.policies.renderer import Renderer
@@ -129,7 +130,7 @@ class Run:
             return {}
         self._between = loss != "policy"
         if self.config.rollout.sleep:
-            fall_asleep(self.pool.receivers, self.config.rollout.turn_timeout)
+            fall_asleep(self.pool.receivers, self.config.rollout.turn_timeout, self.pool.beat)
         return self._ahead.meanwhile(
             step, staleness, lambda: self.learners.update(batch.updates, step, loss, self.kl_coef)
         )
@@ -231,13 +232,18 @@ class Run:
         Raises:
             LearnerLost: this one, once `learner.restarts` are used up.
         """
-        if self.learners.restarts >= self.config.learner.restarts:
-            raise error
-        self.emit("learner_lost", step=self.step, error=error.problem)
-        started = time.monotonic()
-        self.learners.rebuild()
-        self.restore()
-        self.publish(self.version)
+        started, found = time.monotonic(), False
+        while not found:
+            if self.learners.restarts >= self.config.learner.restarts:
+                raise error
+            self.emit("learner_lost", step=self.step, error=error.problem)
+            try:
+                self.learners.rebuild()
+                self.restore()
+                self.publish(self.version)
+                found = True
+            except LearnerLost as again:  # of one that was just built
+                error = again
         self.emit("learner_rebuilt", step=self.step, seconds=time.monotonic() - started)
 
     def restore(self) -> None:
@@ -281,7 +287,7 @@ class Run:
         }
         target = self.folder / "summary.json"
         try:
-            target.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            replace_whole(target, json.dumps(summary, indent=2).encode() + b"\n")
         except OSError as error:
             raise RunError(f"summary.json cannot be written: {error}", given=str(target)) from error
         self.emit("finished", **summary)
@@ -353,30 +359,9 @@ def open_run(
             check_shared(learners, pool.receivers, root_of(config), config.cluster.wait_seconds)
         run = Run(config, folder, environment, pool, learners, meter, on_event)
         if signals:
-            stack.enter_context(_stopping(run))
+            stack.enter_context(stopping(run._stop, run.emit))
         if resume:
             run.restore()
         run.publish(run.version)
         stack.enter_context(run.keeper)
         yield run
-
-
-@contextmanager
-def _stopping(run: Run) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) ends the run at the next safe point, the second at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _: object) -> None:
-        if run._stop.is_set():
-            raise KeyboardInterrupt
-        run.request_stop()
-        run.emit("stopping", signal=signal.Signals(number).name)
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

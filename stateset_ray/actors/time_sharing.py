@@ -7,7 +7,8 @@ restarted one: a request names the version that must answer, and brings its hand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -19,25 +20,33 @@ from stateset_ray.errors import WaitTimeout
 __all__ = ["fall_asleep"]
 
 
-def fall_asleep(receivers: Sequence[Any], seconds: float) -> None:
+_SLICE = 1.0  # seconds between two looks at who is alive
+
+
+def fall_asleep(receivers: Sequence[Any], seconds: float, beat: Callable[[], None]) -> None:
     """Let every engine give up its memory, and wait for it; one that has died holds none.
 
     Args:
         receivers: actors with an engine.
         seconds: how long each may take: the turns that run end before.
+        beat: called while it waits: restarts who does not answer, which by that holds nothing either.
 
     Raises:
         WaitTimeout: an engine did not end its turns in time.
         StatesetError: one could not.
     """
     asked = [actor.sleep.remote() for actor in receivers]
-    ended, waiting = ray.wait(asked, num_returns=len(asked), timeout=seconds)
+    deadline, waiting = time.monotonic() + seconds, asked
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(_SLICE, left))
+        if waiting:
+            beat()
     if waiting:
         raise WaitTimeout(
             f"{len(waiting)} of {len(asked)} engines did not fall asleep within {seconds:g} s",
             mend="look at their logs; raise rollout.turn_timeout if a reply is really that long",
         )
-    for answer in ended:
+    for answer in asked:
         try:
             ray.get(answer, timeout=seconds)
         except RayActorError:

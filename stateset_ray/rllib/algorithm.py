@@ -32,10 +32,10 @@ from stateset_ray.actors.placement import bundles
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.run import Run, open_run
 from stateset_ray.config import Config
-from stateset_ray.errors import CheckpointError, ConfigError, LearnerLost, RunError
+from stateset_ray.errors import CheckpointError, ConfigError, RunError
 from stateset_ray.rllib.configuration import GRPOConfig
 from stateset_ray.rllib.results import episode_of, evaluated, log_played, log_step
-from stateset_ray.train import train_step, warm_start
+from stateset_ray.train import advance, train_step, warm_start
 from stateset_ray.train_async import train_async_step
 from stateset_ray.types import Trajectory
 
@@ -88,12 +88,14 @@ class GRPO(Algorithm):
         self.folder = self._run.folder
 
     def _at_home(self, settings: Config) -> Config:
-        """In a trial of Ray Tune the run's folder lies in the trial's, so that no two share one."""
+        """In a trial of Ray Tune the run's folder lies in the trial's, so no two share it or a mirror."""
         if self._storage is None:
             return settings
         home = Path(self.logdir)
         folder = settings.run.dir / home.name if settings.run.dir.is_absolute() else home / settings.run.dir
-        return settings.model_copy(update={"run": settings.run.model_copy(update={"dir": folder})})
+        mirror = settings.run.mirror and f"{settings.run.mirror.rstrip('/')}/{home.name}"
+        run = settings.run.model_copy(update={"dir": folder, "mirror": mirror})
+        return settings.model_copy(update={"run": run})
 
     def __repr__(self) -> str:  # names the actor of a trial in Ray's logs, before it has a configuration too
         return f"{type(self).__name__}({self.config.env if self.config else ''})"
@@ -118,16 +120,14 @@ class GRPO(Algorithm):
                 "the run has come to its end", given=f"train.steps = {run.config.train.steps}",
                 mend="set training(train={'steps': ...}) higher, or not at all",
             )  # fmt: skip
-        goal = run.step + 1
-        while run.step < goal:
-            try:
-                warm_start(run)
-                self._take_step(run, run.step)
-            except LearnerLost as error:
-                run.recover(error)  # back to the last checkpoint, or raises the error again
-                continue
+
+        def take_step(run: Run, step: int) -> Mapping[str, float]:
+            update = self._take_step(run, step)
             log_played(self.metrics, self._reports)
             self._tell_of_episodes()
+            return update
+
+        advance(run, take_step, before=warm_start)
         log_step(self.metrics, self._record, self._turns_trained)
 
     def step(self) -> dict[str, Any]:

@@ -81,6 +81,27 @@ def test_who_asked_for_weights_may_leave_and_they_are_taken_whole(tmp_path: Path
     asyncio.run(main())
 
 
+def test_an_engine_that_has_fetched_nothing_yet_falls_asleep_too(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine: Any = Engine()
+        asleep: list[bool] = []
+
+        async def sleep() -> None:
+            asleep.append(True)
+
+        engine.sleep = sleep
+        engine.go_on.set()
+        holder = held(engine)
+        await holder.sleep()  # it was just built: what it was built with takes the same room
+        assert asleep == [True]
+        with pytest.raises(InfrastructureFault, match="before any weights were published"):
+            await holder.hold(0, {"handle": None, "lineage": 0})
+        await holder.hold(3, published(tmp_path, 3))
+        assert (await holder.reply(REQUEST)).policy_version == 3
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("dead", [True, False])
 def test_the_process_of_a_dead_engine_ends_and_so_is_built_anew(dead: bool) -> None:
     engine: Any = SimpleNamespace(dead=dead)

@@ -147,6 +147,18 @@ def test_a_trial_is_granted_what_its_run_looks_for() -> None:
     assert request.strategy == "PACK"
 
 
+def test_no_two_trials_share_a_folder_or_a_mirror(tmp_path: Path) -> None:
+    algorithm = object.__new__(GRPO)
+    algorithm._storage = object()  # as in a trial of Tune
+    homes = []
+    for name in ("a", "b"):
+        algorithm._logdir = str(tmp_path / name)
+        homes.append(algorithm._at_home(load_config(None, ["run.mirror=memory://m/"])).run)
+    assert [run.mirror for run in homes] == ["memory://m/a", "memory://m/b"]
+    assert homes[0].dir != homes[1].dir
+    assert algorithm._at_home(load_config(None, [])).run.mirror == ""
+
+
 def test_tune_and_build_algo_know_it_by_name() -> None:
     assert get_trainable_cls("GRPO") is get_trainable_cls("StatesetGRPO") is GRPO
     assert {"GRPO", "StatesetGRPO"} <= ALGORITHMS.keys()  # what is registered anew with every cluster

@@ -16,7 +16,7 @@ from stateset_ray.actors.publishing.folder import check_run_folder, write_probe
 from stateset_ray.actors.run import Run
 from stateset_ray.config import load_config
 from stateset_ray.environments.echo import Echo
-from stateset_ray.errors import ClusterError
+from stateset_ray.errors import ClusterError, LearnerLost
 from stateset_ray.metrics import MemoryMeter
 
 APPLIED = {"applied": 1.0, "loss": 0.5, "tokens_unshared": 8.0}
@@ -120,3 +120,21 @@ def test_a_run_folder_that_the_learner_does_not_share_ends_the_run_at_its_start(
     threading.Timer(0.3, lambda: (here / ".probe").write_text(late)).start()
     (here / ".probe").unlink()
     check_run_folder(SimpleNamespace(write_probe=lambda root: (late, "node")), here, seconds=20)
+
+
+def test_a_learner_that_dies_again_while_it_is_recovered_costs_one_restart_more(run: Run) -> None:
+    learners: Any = run.learners
+    left = [LearnerLost("rank 1 died while it was built")]
+
+    def rebuild() -> None:
+        learners.restarts += 1
+        if left:
+            raise left.pop()
+
+    learners.rebuild, learners.load = rebuild, lambda path: None
+    run.config = run.config.with_overrides(["learner.restarts=2"])
+    run.recover(LearnerLost("rank 0 died"))
+    assert learners.restarts == 2
+    assert run.pool.weights == "weights 0"
+    with pytest.raises(LearnerLost, match="a third time"):
+        run.recover(LearnerLost("rank 0 died a third time"))
