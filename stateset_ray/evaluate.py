@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +54,4 @@ def trained_config(path: str, overrides: list[str]) -> Config:
         return load_config(path, overrides)
     found = open_checkpoint(Path(path))
     config = load_config(found.path.parent.parent / "config.toml")
-    return config.with_overrides([f'model.name="{found.path.absolute()}"', *overrides])
+    return config.with_overrides([f"model.name={json.dumps(str(found.path.absolute()))}", *overrides])

@@ -117,7 +117,7 @@ def order(
         _check_sent(package, file, "the environment's module")
     words = [python, "-m", "stateset_ray.cli", "train", source.relative_to(root).as_posix(), "--continue"]
     words += [word for override in overrides for word in ("--set", override)]
-    words += ["--set", f'run.name="{config.run.name}"']
+    words += ["--set", f"run.name={json.dumps(config.run.name)}"]
     settings = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
     return Order(

@@ -12,16 +12,17 @@ With `run.mirror`, the same lies in shared storage, from where a machine without
 
 from __future__ import annotations
 
-import os
-import uuid
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from stateset_ray.actors.mirror import bring, claim, mirror_of
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import ConfigError, RunError
+from stateset_ray.manifest import replace_whole
 from stateset_ray.settings import leaves
 
-__all__ = ["begun", "open_folder"]
+__all__ = ["begun", "check_same", "open_folder", "write_config"]
 
 _MAY_CHANGE = (
     "run.name", "run.dir", "run.mirror", "run.log_trajectories", "train.steps", "train.checkpoint_every",
@@ -69,16 +70,16 @@ def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
                 "there is no run of this name to resume", given=str(folder),
                 mend="check run.name and run.dir, or start without --resume",
             )  # fmt: skip
-        _check_same(load_config(stored), config)
+        check_same(load_config(stored), config)
     else:
         number, name = 1, config.run.name
         while _taken(config):
             number += 1
-            config = config.with_overrides([f'run.name="{name}-{number}"'])
+            config = config.with_overrides([f"run.name={json.dumps(f'{name}-{number}')}"])
         folder = config.run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_config(config, folder)
+        write_config(config, folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(
@@ -96,25 +97,31 @@ def _taken(config: Config) -> bool:
     return there or begun(config)
 
 
-def _write_config(config: Config, folder: Path) -> None:
-    """All of it or nothing, since a run whose configuration cannot be read can never be resumed."""
-    beside = folder / f"{_BEGINNING}{uuid.uuid4().hex}"
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(config.to_toml())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(folder / "config.toml")
+def write_config(config: Config, folder: Path) -> None:
+    """All of it or nothing, since a run whose configuration cannot be read can never be resumed.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    replace_whole(folder / "config.toml", config.to_toml().encode())
 
 
-def _check_same(stored: Config, given: Config) -> None:
-    """An exact continuation needs the same run: refuse what would silently make it another one."""
+def check_same(stored: Config, given: Config, *, fixed: Sequence[str] = ()) -> None:
+    """An exact continuation needs the same run: refuse what would silently make it another one.
+
+    Args:
+        fixed: settings, or sections with their dot, that must not change either.
+
+    Raises:
+        ConfigError: something else was changed than what may be.
+    """
+    held = tuple(fixed)
     old, new = dict(leaves(stored.model_dump(mode="json"))), dict(leaves(given.model_dump(mode="json")))
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
-        and key not in _MAY_CHANGE
-        and not key.startswith(_MAY_CHANGE_SECTIONS)
+        and (key.startswith(held) or not (key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_SECTIONS)))
     ]
     if given.train.steps != stored.train.steps and stored.learner.schedule != "constant":
         changed.append("train.steps, on which the learning-rate schedule depends")

@@ -22,6 +22,7 @@ _NOT_VARIED = {
     "cluster": "where actors sit is not a hyper-parameter",
     "evaluate": "trials that sit different exams cannot be compared",
     "run.dir": "every trial gets a folder of its own in the sweep's",
+    "run.mirror": "trials are not sent to shared storage",
     "run.name": "every trial is named by the sweep",
     "rollout.max_workers": "a sweep's trials keep to the room that they were given",
     "train.checkpoint_every": "it changes nothing that is learned",

@@ -9,24 +9,28 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stateset_ray.actors.placement import check_room, cluster
-from stateset_ray.config import Config
+from stateset_ray.actors.run_folder import check_same, write_config
+from stateset_ray.config import Config, load_config
 from stateset_ray.errors import ConfigError, RunError
+from stateset_ray.manifest import replace_whole
 from stateset_ray.sweep.plan import Plan, trials_to_run
 from stateset_ray.sweep.results import Outcome, read_outcome, write_results
 from stateset_ray.sweep.space import Dice, Values, draw_valid, varied
 from stateset_ray.sweep.trial import VALUES, request
-from stateset_ray.sweep.tuning import OnEvent, build_tuner, restored_tuner, told
+from stateset_ray.sweep.tuning import OnEvent, build_tuner, restored_tuner, told, unwatched
 from stateset_ray.types import derive_seed
 
 __all__ = ["Swept", "run_sweep"]
 
+_FIXED = ("evaluate.", "train.steps", "train.evaluate_every")
+"""What a run may change when it is resumed and a sweep may not: its trials are compared."""
 _PROBES = 32  # draws that stand for what a searcher may ask for
 
 
@@ -56,15 +60,17 @@ def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swep
         on_event: called with each event ("sweep_opened", "trial_step", ...).
 
     Raises:
-        ConfigError: this is not what the sweep began with.
+        ConfigError: this is not what the sweep began with, or the name is none of a run.
         ClusterError: a trial can never be placed.
         RunError: there is no sweep to resume, its folder cannot be written, or every trial failed.
     """
+    name = name or f"{plan.config.run.name}-sweep"
+    plan.config.with_overrides([f"run.name={json.dumps(name)}"])  # the best configuration's is made of it
     trials: Sequence[Values] = ()
     notes: list[str] = []
     if plan.sweep.searcher == "random":
         trials, notes = trials_to_run(plan)
-    folder = _open_folder(plan, name or f"{plan.config.run.name}-sweep", resume=resume)
+    folder = _open_folder(plan, name, resume=resume)
     on_event({"event": "sweep_opened", "folder": str(folder), "notes": notes})
     largest = _largest(plan, trials)
     at_once = max(1, plan.sweep.max_concurrent)
@@ -74,8 +80,11 @@ def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swep
             tuner = restored_tuner(plan, folder, on_event)
         else:
             tuner = build_tuner(plan, trials, folder, on_event)
-        with _quiet():
-            grid = tuner.fit()
+        try:
+            with _quiet():
+                grid = tuner.fit()
+        finally:
+            unwatched(folder)
         outcomes = [_outcome(plan, folder, result) for result in grid]
     best = write_results(folder, plan, outcomes)
     planned = len(trials) or plan.sweep.samples
@@ -123,7 +132,6 @@ def _open_folder(plan: Plan, name: str, *, resume: bool) -> Path:
     """Make or find the folder of a sweep, and write what was asked for into it."""
     folder = (plan.config.run.dir / name).absolute()
     asked = {
-        "config.toml": plan.config.to_toml(),
         "space.toml": plan.text,
         "sweep.json": json.dumps(plan.sweep.model_dump(mode="json"), indent=2) + "\n",
     }
@@ -133,12 +141,7 @@ def _open_folder(plan: Plan, name: str, *, resume: bool) -> Path:
                 "there is no sweep of this name to resume", given=str(folder),
                 mend="check --name and run.dir, or start without --resume",
             )  # fmt: skip
-        for file, text in asked.items():
-            if (folder / file).read_text(encoding="utf-8") != text:
-                raise ConfigError(
-                    f"this is not what the sweep began with: {file} differs", given=str(folder / file),
-                    mend="resume with the same configuration, space and options, or start a new sweep",
-                )  # fmt: skip
+        _check_asked(plan, folder, asked)
         return folder
     number, first = 1, folder
     while folder.exists() and any(folder.iterdir()):
@@ -146,11 +149,30 @@ def _open_folder(plan: Plan, name: str, *, resume: bool) -> Path:
         folder = first.with_name(f"{first.name}-{number}")
     try:
         (folder / "trials").mkdir(parents=True, exist_ok=True)
+        write_config(plan.config, folder)
         for file, text in asked.items():
-            (folder / file).write_text(text, encoding="utf-8")
+            replace_whole(folder / file, text.encode())
     except OSError as error:
         raise RunError(
             f"the sweep's folder cannot be written: {error.strerror}", given=str(folder),
             mend="set run.dir to a folder you may write to",
         ) from error  # fmt: skip
     return folder
+
+
+def _check_asked(plan: Plan, folder: Path, asked: Mapping[str, str]) -> None:
+    """Refuse to go on with what a sweep did not begin with."""
+    for file in ("config.toml", *asked):
+        try:
+            before = (folder / file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RunError(
+                f"{file} of the sweep cannot be read: {error.strerror}", given=str(folder / file),
+                mend="restore it, or start a new sweep",
+            ) from error  # fmt: skip
+        if file in asked and before != asked[file]:
+            raise ConfigError(
+                f"this is not what the sweep began with: {file} differs", given=str(folder / file),
+                mend="resume with the same space and options, or start a new sweep",
+            )  # fmt: skip
+    check_same(load_config(folder / "config.toml"), plan.config, fixed=_FIXED)

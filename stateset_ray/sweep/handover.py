@@ -23,6 +23,7 @@ __all__ = ["Pointer", "hand_over", "take_up"]
 
 _FILE = "pointer.json"
 _INHERITED = "inherited"
+_ALL = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class Pointer:
 def hand_over(trials: Path, pointer: Pointer, taker: str) -> None:
     """Link a trial's checkpoint into the folder of another one, before the giver can remove it.
 
+    The last two that a trial was handed stay: what is old would hold the disk's room for ever.
+
     Args:
         trials: the folder of all trials.
 
     Raises:
         CheckpointError: it is not whole.
     """
-    _link(pointer.lies_in(trials / pointer.trial / "checkpoints"), trials / taker / _INHERITED)
+    _link(pointer.lies_in(trials / pointer.trial / "checkpoints"), trials / taker / _INHERITED, keep=2)
 
 
 def take_up(trials: Path, pointer: Pointer, trial: str) -> None:
@@ -78,16 +81,14 @@ def take_up(trials: Path, pointer: Pointer, trial: str) -> None:
     """
     folder = trials / trial
     where = "checkpoints" if pointer.trial == trial else _INHERITED
-    _link(pointer.lies_in(folder / where), folder / "checkpoints")
+    # What is old there is removed by the run that goes on.
+    _link(pointer.lies_in(folder / where), folder / "checkpoints", keep=_ALL)
 
 
-def _link(source: Path, root: Path) -> None:
+def _link(source: Path, root: Path, *, keep: int) -> None:
     """Commit what a checkpoint holds under another root, without copies where links are possible."""
     found = checkpoint.verify(source)
-    checkpoint.save(root, found.step, partial(_link_files, source), meta=found.meta, keep=_KEEP)
-
-
-_KEEP = 1_000_000  # what is old is removed by the run that goes on here
+    checkpoint.save(root, found.step, partial(_link_files, source), meta=found.meta, keep=keep)
 
 
 def _link_files(source: Path, target: Path) -> None:

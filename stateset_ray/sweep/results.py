@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from stateset_ray.config import Config
 from stateset_ray.errors import RunError
+from stateset_ray.manifest import replace_whole
 from stateset_ray.sweep.picture import Curve, picture
 from stateset_ray.sweep.plan import Plan
 from stateset_ray.sweep.space import Values, varied
@@ -122,8 +123,6 @@ def write_results(folder: Path, plan: Plan, outcomes: Sequence[Outcome]) -> Conf
     """
     best = best_of(outcomes, plan.sweep.mode)
     config = None
-    if best is not None:
-        config = varied(plan.config, best.values | {"run.name": f"{folder.name}-best"})
     told = {
         "name": folder.name,
         "metric": plan.metric,
@@ -136,9 +135,10 @@ def write_results(folder: Path, plan: Plan, outcomes: Sequence[Outcome]) -> Conf
     }
     try:
         text = json.dumps(_plain(told), indent=2, allow_nan=False)
-        (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        if config is not None:
-            (folder / "best.toml").write_text(config.to_toml(), encoding="utf-8")
+        replace_whole(folder / "results.json", text.encode() + b"\n")  # first: it is known nowhere else
+        if best is not None:
+            config = varied(plan.config, best.values | {"run.name": f"{folder.name}-best"})
+            replace_whole(folder / "best.toml", config.to_toml().encode())
         curves = [Curve(o.values, o.curve, o.value, o is best) for o in outcomes]
         title = f"{folder.name}: {plan.metric} of {len(outcomes)} trials"
         (folder / "sweep.svg").write_text(picture(plan.space, curves, plan.metric, title), encoding="utf-8")

@@ -21,6 +21,7 @@ from ray import tune
 
 from stateset_ray.actors.placement import bundles, import_paths
 from stateset_ray.actors.run import Run, open_run
+from stateset_ray.actors.run_folder import write_config
 from stateset_ray.config import Config
 from stateset_ray.errors import RunError
 from stateset_ray.learner.learner import learning_rate
@@ -119,7 +120,8 @@ class RunTrial(tune.Trainable):
 
     def _take(self, config: Mapping[str, Any]) -> None:
         self._values = values_of(config)
-        place = {"run.name": self.trial_id, "run.dir": str(self.folder)}
+        # No mirror: trials are on storage that all nodes share, and what they hand on is found there only.
+        place = {"run.name": self.trial_id, "run.dir": str(self.folder), "run.mirror": ""}
         keep = {"train.keep_checkpoints": max(self.keep, self.base.train.keep_checkpoints)}
         self._settings = varied(self.base, self._values | place | keep)
         self._record: Mapping[str, Any] = {}
@@ -185,7 +187,7 @@ class RunTrial(tune.Trainable):
         else:
             take_up(self.folder, pointer, self.trial_id)
             # The values may be new ones: `checks` knows which of them a checkpoint lets change.
-            (folder / "config.toml").write_text(settings.to_toml(), encoding="utf-8")
+            write_config(settings, folder)
         run = self._stack.enter_context(
             open_run(settings, resume=pointer is not None, on_event=self._on_event)
         )

@@ -24,7 +24,7 @@ from stateset_ray.sweep.trial import VALUES, trial_class
 
 __all__ = [
     "OnEvent", "OptunaSearcher", "Population", "Watch", "build_tuner", "restored_tuner", "told",
-    "trainable_of",
+    "trainable_of", "unwatched",
 ]  # fmt: skip
 
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -72,6 +72,11 @@ def restored_tuner(plan: Plan, folder: Path, on_event: OnEvent) -> tune.Tuner:
     """The Tuner of a sweep that was interrupted; trials that had failed are continued, too."""
     _watching[str(folder)] = on_event
     return tune.Tuner.restore(str(folder / _TUNE), trainable_of(plan, folder), resume_errored=True)
+
+
+def unwatched(folder: Path) -> None:
+    """Nobody watches the sweep of this folder any more."""
+    _watching.pop(str(folder), None)
 
 
 def trainable_of(plan: Plan, folder: Path) -> type[tune.Trainable]:

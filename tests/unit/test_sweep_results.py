@@ -14,7 +14,8 @@ from rich.console import Console
 
 from stateset_ray import checkpoint
 from stateset_ray.config import Config, load_config
-from stateset_ray.errors import CheckpointError
+from stateset_ray.errors import CheckpointError, ConfigError, RunError
+from stateset_ray.sweep.driver import _open_folder, run_sweep
 from stateset_ray.sweep.handover import Pointer, hand_over, take_up
 from stateset_ray.sweep.picture import Curve, picture
 from stateset_ray.sweep.plan import Plan, read_plan
@@ -257,3 +258,65 @@ def test_the_newest_heldout_reward_is_what_is_reported() -> None:
 
 def test_a_configuration_varied_by_nothing_is_itself() -> None:
     assert varied(Config(), {}) == Config()
+
+
+@pytest.mark.parametrize("name", ["my sweep", "../x", "-x"])
+def test_a_name_that_no_run_can_have_is_refused_before_anything_is_made(
+    tmp_path: Path, plan: Plan, name: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        run_sweep(plan, name=name, resume=False, on_event=lambda _: None)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_results_are_written_even_where_the_best_configuration_cannot_be(tmp_path: Path, plan: Plan) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    wrong = outcome("a", 4, 0.5, learner__learning_rate=-1.0)
+    with pytest.raises(ConfigError):
+        write_results(folder, plan, [wrong])
+    assert json.loads((folder / "results.json").read_text())["best"] == "a"
+
+
+def resumed(plan: Plan, *changes: str) -> Path:
+    from dataclasses import replace
+
+    (plan.config.run.dir / "s" / "tune").mkdir(exist_ok=True)
+    return _open_folder(replace(plan, config=plan.config.with_overrides(list(changes))), "s", resume=True)
+
+
+def test_a_sweep_is_resumed_on_another_cluster_and_not_as_another_sweep(tmp_path: Path, plan: Plan) -> None:
+    folder = _open_folder(plan, "s", resume=False)
+    assert resumed(plan, 'cluster.address="head:6379"') == folder
+    for change in ("learner.learning_rate=0.1", "train.steps=9", "evaluate.tasks=3"):
+        with pytest.raises(ConfigError, match=change.partition("=")[0]):
+            resumed(plan, change)
+    (folder / "space.toml").unlink()
+    with pytest.raises(RunError, match=r"space\.toml of the sweep cannot be read"):
+        resumed(plan)
+
+
+def test_what_a_trial_was_handed_earlier_does_not_fill_the_disk(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        hand_over(tmp_path, saved(tmp_path, "giver", step, "x"), "taker")
+    inherited = sorted(path.name for path in (tmp_path / "taker" / "inherited").glob("step-*"))
+    assert inherited == ["step-00000006", "step-00000008"]
+
+
+def test_a_trial_has_no_mirror_and_keeps_its_configuration_whole(tmp_path: Path) -> None:
+    from stateset_ray.sweep import trainable
+
+    config = load_config(None, ["run.mirror=memory://x"])
+    trial = object.__new__(trainable(config, folder=tmp_path))
+    trial._trial_info = type("Info", (), {"trial_id": "t"})()
+    trial._take({})
+    assert (trial._settings.run.mirror, trial._settings.run.name) == ("", "t")
+
+
+def test_nobody_is_told_of_a_sweep_that_is_over(tmp_path: Path) -> None:
+    from stateset_ray.sweep import tuning
+
+    tuning._watching[str(tmp_path)] = lambda _: None
+    tuning.unwatched(tmp_path)
+    assert str(tmp_path) not in tuning._watching
