@@ -179,7 +179,7 @@ def _patience(config: Config, mode: Mode, pieces: Sequence[Piece]) -> float:
     """Seconds in which some worker must be there and have finished a piece."""
     limits = config.rollout
     longest = limits.turn_timeout if mode == "generate" else limits.conversation_timeout
-    rounds = 1 + math.ceil(max(len(piece.places) for piece in pieces) / limits.slots)
+    rounds = 1 + max(len(piece.places) for piece in pieces)  # after a death its rows are taken one by one
     return config.cluster.wait_seconds + rounds * longest
 
 

@@ -238,6 +238,9 @@ class JobClient:
             finally:
                 if coming is not None:
                     coming.cancel()
+                    await asyncio.wait({coming})
+                with suppress(Exception):  # of a connection that is broken anyway
+                    await lines.aclose()
             if (job := look()).over:
                 if not whole:
                     with suppress(ClusterError):

@@ -3,7 +3,7 @@
 Left out is what `.gitignore` and `.rayignore` say, those of this folder, of those below it, and of those
 above it up to the root of the repository. Where both have a word, `.rayignore` has the last one:
 `!weights.bin` in it sends what git ignores. Never sent, whatever they say, are runs, virtual environments,
-caches and what git keeps.
+caches, what git keeps, and secrets (`.env`, tokens of Ray).
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ _NEVER = frozenset(
     (
         "runs", ".venv", "venv", ".git", ".hg", ".svn", "__pycache__", ".mypy_cache", ".pytest_cache",
         ".ruff_cache", ".hypothesis", ".tox", ".nox", ".ipynb_checkpoints", "node_modules",
+        ".env", "auth_token",
     )
 )  # fmt: skip
+_TOKENS = ".ray-token"  # what a job of Slurm keeps its token in
 _IGNORE_FILES = (".gitignore", ".rayignore")  # the later one has the last word
 _LARGEST = 5  # files that a refusal names
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file, so that the same contents are the same archive
@@ -123,7 +125,12 @@ def _below(folder: Path, above: Sequence[_Rules], never: set[Path], trail: set[P
     """The files below a folder; links are followed, but for those that lead back up."""
     rules = [*above, *_rules_of(folder)]
     for entry in sorted(folder.iterdir()):
-        if entry.name in _NEVER or entry in never or (entry / "pyvenv.cfg").is_file():
+        if (
+            entry.name in _NEVER
+            or entry.name.startswith(_TOKENS)
+            or entry in never
+            or (entry / "pyvenv.cfg").is_file()
+        ):
             continue
         if entry.is_dir():
             real = entry.resolve()

@@ -171,10 +171,7 @@ def submit(server: JobClient, wanted: Order) -> Outcome:
                 return Outcome("done", job.id, len(of_name))
         attempt = len(of_name) + 1
         taken = {job.id for job in jobs}
-        ids = (
-            wanted.name if n == 1 else f"{wanted.name}-{n}" for n in range(attempt, attempt + len(jobs) + 1)
-        )
-        job_id = next(job_id for job_id in ids if job_id not in taken)
+        job_id = next(job_id for job_id in _ids(wanted.name, attempt) if job_id not in taken)
         with tempfile.TemporaryDirectory(prefix="stateset-submit-") as scratch:
             archive = Path(scratch) / "package.zip"
             write_archive(wanted.package, archive)

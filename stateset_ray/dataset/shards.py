@@ -82,26 +82,19 @@ class Shard:
 
     def note(self, what: str) -> None:
         """Remember that this is about to be tried, though this process may die of it."""
-        with self._tries.open("a", encoding="utf-8") as tries:
-            tries.write(json.dumps(what) + "\n")
+        _append(self._tries, json.dumps(what) + "\n")
 
     def tried(self) -> list[str]:
         """What was noted, by every process that had this piece."""
-        if not self._tries.is_file():
-            return []
-        return [json.loads(line) for line in self._tries.read_text(encoding="utf-8").splitlines()]
+        return _whole_lines(self._tries)
 
     def keep(self, row: Mapping[str, Any]) -> None:
         """Keep one finished row before the others are."""
-        with self._alone.open("a", encoding="utf-8") as alone:
-            alone.write(_line(row))
+        _append(self._alone, _line(row))
 
     def kept(self) -> list[dict[str, Any]]:
         """The rows that were kept."""
-        if not self._alone.is_file():
-            return []
-        with self._alone.open("rb") as lines:
-            return [json.loads(line) for line in lines if line.endswith(b"\n")]  # death may have cut the last
+        return _whole_lines(self._alone)
 
 
 class Output:
@@ -170,6 +163,36 @@ class Output:
         beside = self._writing / _SUMMARY
         write_synced(beside, json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
         beside.replace(self.folder / _SUMMARY)
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line, behind one that death has cut short too.
+
+    Raises:
+        RunError: the disk is full, or another run has taken over.
+    """
+    try:
+        with path.open("ab+") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(line.encode())
+    except OSError as error:
+        raise RunError(
+            f"what was tried cannot be noted: {error.strerror}", given=str(path),
+            mend="make room where OUTPUT lies; what is finished is whole: begin again",
+        ) from error  # fmt: skip
+
+
+def _whole_lines(path: Path) -> list[Any]:
+    """What was appended, but for lines that death has cut short."""
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def _line(row: Mapping[str, Any]) -> str:

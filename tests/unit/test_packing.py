@@ -40,6 +40,12 @@ def test_runs_environments_caches_and_git_never_travel(tmp_path: Path) -> None:
     assert sent(tmp_path) == {".rayignore", "agent/env.py", "config.toml"}
 
 
+def test_secrets_never_travel(tmp_path: Path) -> None:
+    make(tmp_path, "config.toml", ".ray-token-17", ".env", "agent/.env", "auth_token")
+    (tmp_path / ".rayignore").write_text("!.env\n")
+    assert sent(tmp_path) == {".rayignore", "config.toml"}
+
+
 def test_where_runs_go_does_not_travel_whatever_it_is_called(tmp_path: Path) -> None:
     make(tmp_path, "config.toml", "out/demo/model.safetensors")
     assert sent(tmp_path, never=[tmp_path / "out"]) == {"config.toml"}
@@ -91,12 +97,12 @@ def test_rayignore_has_the_last_word(tmp_path: Path) -> None:
 
 
 def test_the_repository_above_has_a_word_too(tmp_path: Path) -> None:
-    make(tmp_path, ".git/", "jobs/a/config.toml", "jobs/a/.env", "jobs/a/x.bin")
-    (tmp_path / ".gitignore").write_text(".env\n")
+    make(tmp_path, ".git/", "jobs/a/config.toml", "jobs/a/.local", "jobs/a/x.bin")
+    (tmp_path / ".gitignore").write_text(".local\n")
     (tmp_path / "jobs" / ".gitignore").write_text("a/*.bin\n")
     assert sent(tmp_path / "jobs" / "a") == {"config.toml"}
     (tmp_path / ".gitignore").write_text("jobs/\n")  # this very folder is ignored: it was named all the same
-    assert sent(tmp_path / "jobs" / "a") == {".env", "config.toml", "x.bin"}
+    assert sent(tmp_path / "jobs" / "a") == {".local", "config.toml", "x.bin"}
 
 
 def test_without_a_repository_nothing_above_has_a_word(tmp_path: Path) -> None:

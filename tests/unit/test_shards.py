@@ -175,3 +175,19 @@ def test_processes_that_die_before_any_row_stop_the_run(tmp_path: Path) -> None:
                 worker(None).work(work)
         with pytest.raises(ClusterError, match="3 processes, one after the other, died"):
             worker(None).work(work)
+
+
+def test_a_line_that_death_has_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
+    with Output.opened(tmp_path / "out", ASKED) as out:
+        shard = out.shard(0)
+        shard.note("a")
+        shard.keep({"id": "a"})
+        for path in (shard._tries, shard._alone):
+            with path.open("ab") as file:
+                file.write(b'{"id": "b')
+        assert (shard.tried(), shard.kept()) == (["a"], [{"id": "a"}])
+        shard.note("c")
+        shard.keep({"id": "c"})
+        assert (shard.tried(), shard.kept()) == (["a", "c"], [{"id": "a"}, {"id": "c"}])
+    with pytest.raises(RunError, match="cannot be noted"):
+        shard.note("d")  # another run has taken over
