@@ -16,6 +16,7 @@ does.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -37,6 +38,7 @@ __all__ = ["Storage"]
 
 _CHECKPOINTS = "checkpoints"
 _PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -280,6 +282,13 @@ class Storage:
             self._fs.get_file(self._at(name), str(file))
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno in _DISK:
+                raise CheckpointError(
+                    f"{name} cannot be brought here: {error.strerror}", given=str(file.parent),
+                    mend="make room on this disk, or set run.dir elsewhere",
+                ) from error  # fmt: skip
+            raise
         return True
 
     def _try(self, what: str, action: Callable[[], _T]) -> _T:
@@ -287,6 +296,8 @@ class Storage:
         for pause in (*self._pauses, None):
             try:
                 return action()
+            except CheckpointError:  # of this machine's disk, which no waiting mends
+                raise
             except Exception as error:
                 if pause is None or isinstance(error, PermissionError):
                     reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__

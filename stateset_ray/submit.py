@@ -108,7 +108,11 @@ def order(
             mend="give the file that the run was started from",
         )  # fmt: skip
     _check_folder(config)
-    package = collect(root, never=[config.run.dir.absolute()])
+    own = [
+        config.run.dir,
+        *([Path(config.run.mirror)] if config.run.mirror and "://" not in config.run.mirror else []),
+    ]
+    package = collect(root, never=[path.absolute() for path in own])
     _check_sent(package, source, "the configuration")
     module = sys.modules.get(config.environment.path.partition(":")[0])
     file = Path(getattr(module, "__file__", None) or root).absolute()

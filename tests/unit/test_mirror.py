@@ -277,17 +277,20 @@ def test_an_upload_that_was_given_up_overwrites_nothing_newer(
     real = Storage.put
 
     def put(self: Storage, file: Path, name: str) -> None:
-        if threading.current_thread().name == "mirror" and not answers.is_set():
+        mine = mirror in self.address and threading.current_thread().name == "mirror"
+        if mine and not answers.is_set():
             hangs.set()
             assert answers.wait(20)
         real(self, file, name)
 
     monkeypatch.setattr(Storage, "put", put)
+    before = set(threading.enumerate())
     with Keeper(config, folder, noting(events), mirror_of(config.run)) as keeper:
         keeper.save(1, lambda at: (at / "weights").write_text("1"), {})
         assert hangs.wait(20)
         keeper.save(2, lambda at: (at / "weights").write_text("2"), {})
-        assert [t.name for t in threading.enumerate()].count("mirror") == 1  # none beside the one that hangs
+        begun = {t for t in threading.enumerate() if t.name == "mirror"} - before
+        assert len(begun) == 1  # none beside the one that hangs
         answers.set()
     assert [name for name, _ in events][:3] == ["checkpoint", "warning", "checkpoint"]
     assert [step for step, _ in Storage(f"{mirror}/demo").whole()] == [2]  # the first was not completed late
@@ -308,3 +311,19 @@ def test_a_run_that_went_back_is_not_resumed_from_what_it_left_behind(tmp_path: 
     open_folder(config, resume=True)
     found = checkpoint.latest(folder / "checkpoints")
     assert found is not None and (found.step, (found.path / "weights").read_text()) == (3, "3")
+
+
+def test_a_full_disk_here_is_not_the_storages_fault(
+    tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(settings(tmp_path / "a", mirror), range(1))
+    tries: list[str] = []
+
+    def get_file(self: Any, there: str, here: str, **more: Any) -> None:
+        tries.append(here)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Failing, "get_file", get_file)
+    with pytest.raises(CheckpointError, match="cannot be brought here: No space left") as caught:
+        open_folder(settings(tmp_path / "b", mirror), resume=True)
+    assert "this disk" in caught.value.mend and len(tries) == 1  # and it is not waited for

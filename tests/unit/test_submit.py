@@ -130,6 +130,13 @@ def test_what_lies_outside_of_the_folder_is_refused(project: Path) -> None:
         ordered(project, working_dir=project / "agents")
 
 
+def test_a_mirror_in_the_folder_is_not_sent(project: Path) -> None:
+    (project / "kept").mkdir()
+    (project / "kept" / "model.bin").write_text("x")
+    files = ordered(project, f'run.mirror="{project}/kept"').package.files
+    assert Path("kept/model.bin") not in files and Path("configs/small.toml") in files
+
+
 def test_a_run_folder_is_refused(project: Path) -> None:
     with pytest.raises(ConfigError, match="run folders are not sent"):
         order(load_config(project / "configs" / "small.toml"), project / "configs")
