@@ -19,6 +19,7 @@ steps for every side; the sides of a seed are run one after the other, and every
 | `ratio`                   | that by that of side `0`                                               |
 | `reward`                  | mean reward of the last fifth of the steps: mean and spread over seeds  |
 | `staleness`               | versions that a conversation lagged behind: mean and largest            |
+| `stopped`                 | runs that ended early, because nothing could be learned any more        |
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ from typing import Any
 
 from benchmarks import machine
 from stateset_ray.config import load_config
+from stateset_ray.errors import RunError
 from stateset_ray.metrics import versions
 from stateset_ray.train import train
 from stateset_ray.train_async import train_async
 
 __all__ = ["play", "report"]
+
+_SHOWN = ("trajectories_per_second", "reward", "staleness", "stopped")
 
 
 def main() -> None:
@@ -51,7 +55,7 @@ def main() -> None:
         sides = options.staleness if seed % 2 == 0 else options.staleness[::-1]
         for side in sides:
             runs[side].append(play(side, seed, options))
-            shown = {key: runs[side][-1][key] for key in ("trajectories_per_second", "reward", "staleness")}
+            shown = {key: value for key, value in runs[side][-1].items() if key in _SHOWN}
             print(f"seed {seed}, staleness {side}: {shown}", file=sys.stderr, flush=True)
     result = {
         "command": " ".join(["python -m benchmarks.asynchrony", *sys.argv[1:]]),
@@ -97,12 +101,17 @@ def play(side: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
                 *correction,
             ],
         )  # fmt: skip
-        (train_async if config.train.max_staleness else train)(config, on_event=watch)
+        stopped = None
+        try:
+            (train_async if config.train.max_staleness else train)(config, on_event=watch)
+        except RunError as error:  # a policy that collapsed is a result, too
+            stopped = error.problem
     learned = sum(step["trajectories"]["trained"] + step["trajectories"]["filtered"] for step in steps[1:])
     rewards = [step["reward_mean"] for step in steps]
     last = rewards[-max(1, len(rewards) // 5) :]
     return {
         "seed": seed,
+        "stopped": stopped,
         "trajectories_per_second": round(learned / (ends[-1] - ends[0]), 2),
         "reward": round(statistics.fmean(last), 4),
         "rewards": [round(reward, 4) for reward in rewards],
@@ -134,6 +143,7 @@ def report(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
                 "std": round(statistics.stdev(rewards), 4) if len(rewards) > 1 else 0.0,
             },
             "staleness": max(run["staleness"]["max"] for run in of_side),
+            "stopped": sum(run["stopped"] is not None for run in of_side),
         }
     return {"baseline": first, "sides": sides}
 
