@@ -133,9 +133,21 @@ class JobClient:
         return sorted((job for job in self.jobs() if job.name == name), key=lambda job: job.attempt)
 
     def latest(self, name: str) -> Job:
-        """The last attempt of a name, or the job with this id."""
+        """The last attempt of a name, or the job with this id.
+
+        Raises:
+            ClusterError: there is none; or it is the name of one run and the id of another one's attempt.
+        """
         jobs = self.jobs()
-        of_name = [job for job in jobs if job.name == name] or [job for job in jobs if job.id == name]
+        of_name = [job for job in jobs if job.name == name]
+        others = [job for job in jobs if job.id == name and job.name != name]
+        if of_name and others:
+            raise ClusterError(
+                f"{name!r} is a run, and also attempt {others[0].attempt} of the run {others[0].name!r}",
+                given=[of_name[-1].id, others[0].id],
+                mend=f"give {others[0].name!r} or {of_name[-1].id!r}",
+            )
+        of_name = of_name or others
         if not of_name:
             known = ", ".join(dict.fromkeys(job.name for job in jobs[-10:])) or "none"
             raise ClusterError(f"there is no job {name!r}; there are: {known}", given=self.address)

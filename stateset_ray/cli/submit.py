@@ -99,8 +99,8 @@ def run(
             _until_it_ends(client, outcome.id, printing=follow, where=address)
         else:
             at = _at(address)
-            typer.echo(f"  stateset-ray submit logs {outcome.id} --follow{at}")
-            typer.echo(f"  stateset-ray submit stop {outcome.id}{at}")
+            typer.echo(f"  stateset-ray submit logs {wanted.name} --follow{at}")
+            typer.echo(f"  stateset-ray submit stop {wanted.name}{at}")
 
 
 @jobs.command()

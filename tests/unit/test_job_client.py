@@ -116,3 +116,23 @@ def test_an_error_of_the_server_is_told_in_one_sentence(serve) -> None:  # type:
     head.failing = 1
     with pytest.raises(ClusterError, match=r"cannot be asked: .*500.*the head restarts"):
         JobClient(serve(head)).look("a")
+
+
+class Known(JobClient):
+    """Asks nobody."""
+
+    def __init__(self, *jobs: Job) -> None:
+        self.address = "nowhere"
+        self._known = list(jobs)
+
+    def jobs(self) -> list[Job]:
+        return self._known
+
+
+def test_a_name_that_may_mean_two_jobs_means_none() -> None:
+    second, other = Job("demo-2", "demo", 2, "RUNNING"), Job("demo-2-2", "demo-2", 2, "RUNNING")
+    assert Known(Job("demo", "demo", 1, "FAILED"), second).latest("demo") == second
+    assert Known(second).latest("demo-2") == second
+    with pytest.raises(ClusterError, match="also attempt 2 of the run 'demo'"):
+        Known(second, other).latest("demo-2")
+    assert Known(second, other).latest("demo-2-2") == other
