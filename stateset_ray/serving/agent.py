@@ -51,6 +51,7 @@ def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
         return
     audit = Audit(settings.audit_file, arguments=settings.audit_arguments)
     tools = Tools(load_tools(replying.settings), settings, replying.meters, audit)
+    app.state.lasting.append(lambda: tools.under_way)  # a client that leaves does not end them
     rollout = Source(replying.settings.source).config().rollout
     reply_tokens = settings.reply_tokens or rollout.max_turn_tokens
     if most := replying.settings.policy.max_reply_tokens:

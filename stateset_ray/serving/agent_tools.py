@@ -73,6 +73,11 @@ class Tools:
             tool for tool in toolbox.tools if not settings.tools or tool.name in settings.tools
         )
 
+    @property
+    def under_way(self) -> int:
+        """Calls that have not ended, whether or not somebody waits for them."""
+        return len(self._under_way)
+
     async def take(self, step: Stepped, *, request: str, caller: str, seconds: float) -> Stepped | None:
         """What a reply asks for, done; None if it asks for nothing and is the answer.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,7 +28,7 @@ from stateset_ray.serving.security import KeyRing
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.transcript_log import SampledPolicies, TranscriptLog
 
-__all__ = ["Ingress", "ServePolicies", "ingress_deployment"]
+__all__ = ["Ingress", "ServePolicies", "drained", "ingress_deployment"]
 
 _STATUS_SECONDS = 10.0
 _DRAIN_LOOK = 0.1  # seconds between two looks at what is still under way
@@ -105,22 +105,33 @@ class Ingress:
             logging.getLogger("ray.serve").addFilter(RedactingFilter())
         meters = Meters.of_ray()
         policies: Policies = ServePolicies(policy, may_sleep=settings.may_sleep)
-        if settings.transcripts.folder is not None:
-            policies = SampledPolicies(policies, TranscriptLog(settings.transcripts, meters))
-        app = routes(settings, policies, meters)
+        log = TranscriptLog(settings.transcripts, meters) if settings.transcripts.folder is not None else None
+        app = routes(settings, SampledPolicies(policies, log) if log else policies, meters)
         self._gate = Gate(app, KeyRing(settings.security), Rates(settings.rates), settings, meters)
+        self._lasting: list[Callable[[], int]] = [
+            lambda: self._gate.running, *app.state.lasting, *([lambda: log.unwritten] if log else [])
+        ]  # fmt: skip
 
     def __serve_build_asgi_app__(self) -> Gate:
         """What Serve sends requests to."""
         return self._gate
 
     async def drain(self, seconds: float) -> int:
-        """Take no new requests and wait for those under way; how many were left after so many seconds."""
+        """Take no new requests; wait for those under way, for tools that were called, and for transcripts.
+
+        Returns:
+            How many were left after so many seconds.
+        """
         self._gate.draining = True
-        end = asyncio.get_running_loop().time() + seconds
-        while self._gate.running and asyncio.get_running_loop().time() < end:
-            await asyncio.sleep(_DRAIN_LOOK)
-        return self._gate.running
+        return await drained(self._lasting, seconds)
+
+
+async def drained(lasting: Sequence[Callable[[], int]], seconds: float) -> int:
+    """Wait until all of these count nothing any more; what they count after so many seconds."""
+    end = asyncio.get_running_loop().time() + seconds
+    while (left := sum(count() for count in lasting)) and asyncio.get_running_loop().time() < end:
+        await asyncio.sleep(_DRAIN_LOOK)
+    return left
 
 
 def ingress_deployment(settings: ServeSettings) -> Any:

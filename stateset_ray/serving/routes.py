@@ -42,6 +42,7 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
     """The application behind the gate."""
     # Swagger's page would load scripts from elsewhere; the document itself is at /openapi.json.
     app = FastAPI(title="stateset_ray", version=__version__, docs_url=None, redoc_url=None)
+    app.state.lasting = []  # each counts what goes on behind a request; a drain waits for it
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_failure)

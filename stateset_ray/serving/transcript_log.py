@@ -84,6 +84,11 @@ class TranscriptLog:
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_all(), name="transcripts")
 
+    @property
+    def unwritten(self) -> int:
+        """Pieces of work that are left: lines that wait, and what is being written."""
+        return len(self._waiting) + int(self._writing is not None and not self._writing.done())
+
     async def written(self) -> None:
         """Wait until nothing is left to be written."""
         if self._writing is not None:

@@ -30,6 +30,7 @@ from stateset_ray.serving.audit import Audit
 from stateset_ray.serving.events import Ask, Began, Ended, Halted, Piece, Stepped
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.held_policy import load_policy
+from stateset_ray.serving.ingress import drained
 from stateset_ray.serving.settings import AgentSettings, ServeSettings
 from stateset_ray.serving.source import Candidate
 from stateset_ray.types import Message
@@ -368,6 +369,29 @@ def test_a_tool_that_was_begun_ends_and_is_written_down_though_its_client_left(m
     asyncio.run(play())
     assert json.loads(file.read_text())["outcome"] == "done"
     assert bench.called == [("hangs", "s")]
+
+
+def test_a_drain_waits_for_a_tool_whose_client_left(meters):
+    bench = AsyncBench()
+
+    async def play():
+        box = tools(bench, meters)
+        task = asyncio.create_task(box.take(step("CALL hangs"), request="r", caller="c", seconds=9))
+        while not box.under_way:
+            await asyncio.sleep(0)
+        task.cancel()
+        left = await drained([lambda: box.under_way], 0)
+        drain = asyncio.create_task(drained([lambda: box.under_way], 20))
+        await asyncio.sleep(0)
+        bench.open.set()
+        return left, await drain, bench.called
+
+    assert asyncio.run(play()) == (1, 0, [("hangs", "c")])
+
+
+def test_an_agents_tools_are_among_what_a_drain_waits_for(make, settings):
+    assert len(make(settings())._app.state.lasting) == 1
+    assert not make(SETTINGS)._app.state.lasting
 
 
 def test_every_call_is_a_line_without_personal_data(meters, tmp_path, caplog):
