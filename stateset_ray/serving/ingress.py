@@ -13,6 +13,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.context import _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from stateset_ray.errors import InfrastructureFault
@@ -48,6 +49,10 @@ class ServePolicies:
 
     async def ask(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
         """See `Policies.ask`."""
+        if ask.lot:
+            # Serve names an ask after its HTTP request. Of several at the same time its router would forget
+            # all but the last, and they would wait until their deadline.
+            _set_request_context(_internal_request_id=ask.id)
         # A session does not travel over the second hop by itself.
         options = {"session_id": ask.session} if ask.session else {}
         response = self._handle.options(method_name="answer", stream=True, **options).remote(ask)

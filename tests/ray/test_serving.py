@@ -264,7 +264,6 @@ def test_every_ingress_replica_has_the_same_conversations(endpoint):
         boss.conversations.retrieve(made.id)
 
 
-@pytest.mark.slow  # its first token is late where other tests want the cores
 def test_texts_and_agents_are_served_too(endpoint):
     with endpoint.client() as ai:
         asked = {"model": "shop", "max_tokens": 6, "temperature": 0}
