@@ -137,11 +137,17 @@ class _Scale:
 
     def matmul(self, tokens: int, logits: int, seconds: float, passes: int = 1) -> float:
         """Share of the matmul limit; `passes` is 3 for forward and backward."""
-        return round(passes * 2 * (tokens * self.body + logits * self.head) / seconds / 1e9 / self._gflops, 3)
+        done = passes * 2 * (tokens * self.body + logits * self.head)
+        return _three_digits(done / seconds / 1e9 / self._gflops)
 
     def memory(self, forwards: int, seconds: float) -> float:
         """Share of the memory limit."""
-        return round(forwards * self.bytes / seconds / 1e9 / self._gb_s, 3)
+        return _three_digits(forwards * self.bytes / seconds / 1e9 / self._gb_s)
+
+
+def _three_digits(share: float) -> float:
+    """Rounded, but never to 0: a tiny model on a busy machine reaches a ten-thousandth."""
+    return float(f"{share:.3g}")
 
 
 def _rollout(

@@ -36,8 +36,7 @@ def test_the_training_benchmark_compares_equal_work():
     assert learner["ours"]["tokens"] == learner["plain"]["tokens"] == work["learner_tokens"]
     for figures in (rollout, learner):
         assert figures["speedup"] > 0
-        # On a machine that does other work, the limit may be measured lower than what is reached.
-        assert all(figures[side]["share_of_matmul_limit"] > 0 for side in ("ours", "plain"))
+        assert all(0 < figures[side]["share_of_matmul_limit"] < 1 for side in ("ours", "plain"))
 
 
 def run(module: str, *options: str) -> dict[str, Any]:
