@@ -36,7 +36,8 @@ def test_the_training_benchmark_compares_equal_work():
     assert learner["ours"]["tokens"] == learner["plain"]["tokens"] == work["learner_tokens"]
     for figures in (rollout, learner):
         assert figures["speedup"] > 0
-        assert all(0 < figures[side]["share_of_matmul_limit"] < 1 for side in ("ours", "plain"))
+        for side in ("ours", "plain"):  # no upper bound: whoever else computes while the limit is probed lowers it
+            assert figures[side]["share_of_matmul_limit"] > 0
 
 
 def run(module: str, *options: str) -> dict[str, Any]:

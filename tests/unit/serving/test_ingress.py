@@ -51,7 +51,9 @@ class Handle:
 
 
 class _Ask:
+    id = "ask-1"
     session = "s"
+    lot = 0
 
 
 @pytest.mark.parametrize(
