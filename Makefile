@@ -6,7 +6,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 # Options for pytest: make test PYTEST_FLAGS="-k checkpoint -x"
 PYTEST_FLAGS ?=
-# Processes that play the tests; one of them plays all that start Ray. JOBS=0: no process but pytest's own.
+# Processes that play the tests, file by file. JOBS=0: no process but pytest's own.
 JOBS ?= 2
 
 DEMO = $(BIN)/stateset-ray train examples/customer_service.toml --set run.name=demo
@@ -42,7 +42,7 @@ demo: install  ## train a customer service agent on this machine
 	$(DEMO)
 
 test: lint  ## lint, then all tests but the slow ones and those that need a GPU
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu and not vllm" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not vllm" $(PYTEST_FLAGS)
 
 slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm" $(PYTEST_FLAGS)

@@ -36,7 +36,10 @@ def test_the_training_benchmark_compares_equal_work():
     assert learner["ours"]["tokens"] == learner["plain"]["tokens"] == work["learner_tokens"]
     for figures in (rollout, learner):
         assert figures["speedup"] > 0
-        for side in ("ours", "plain"):  # no upper bound: whoever else computes while the limit is probed lowers it
+        for side in (
+            "ours",
+            "plain",
+        ):  # whoever else computes meanwhile lowers the limit
             assert figures[side]["share_of_matmul_limit"] > 0
 
 

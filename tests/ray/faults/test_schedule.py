@@ -13,12 +13,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(500)]
 
 
 def test_bug_37_no_fault_loses_or_doubles_a_trajectory(tmp_path: Path) -> None:
-    """In a cluster of its own, whose second node may be killed."""
-    faults = ["worker", "engine", "learner", "node", "raise", "block"]
+    """In a cluster of its own, whose second node may be killed; other faults are in files of their own."""
+    faults = ["worker", "learner", "node", "raise"]
     file = tmp_path / "faults.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.faults", "--seeds", "1", "--gap", "2", "--checkpoint-every", "1",
-         "--group-size", "4", "--faults", *faults, "--output", str(file)],
+         "--tasks", "2", "--group-size", "4", "--latency", "0.05", "--moment", "0.25",
+         "--faults", *faults, "--output", str(file)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=450,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -28,10 +29,8 @@ def test_bug_37_no_fault_loses_or_doubles_a_trajectory(tmp_path: Path) -> None:
     hits = run["hits"]
     assert hits.keys() == set(faults)
     assert hits["worker"]["aborted"].keys() == {"worker_died"}
-    assert hits["engine"]["aborted"] == hits["engine"]["dropped"] == {}
     assert hits["learner"]["aborted"].keys() == {"rewound"}
     assert hits["learner"]["steps_again"] >= 1
     assert hits["raise"]["dropped"] == {"environment_error": 4}
-    assert hits["block"]["aborted"].keys() == {"worker_died"}
-    assert hits["node"]["dropped"] == hits["block"]["dropped"] == {}
-    assert all(hits[fault]["steps_again"] == 0 for fault in ("worker", "engine", "raise", "block"))
+    assert hits["node"]["dropped"] == {}
+    assert all(hits[fault]["steps_again"] == 0 for fault in ("worker", "raise"))
