@@ -28,7 +28,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError
 
-__all__ = ["Placement", "bundles", "check_room", "cluster", "describe", "free_room", "import_paths", "place"]
+__all__ = [
+    "Placement", "bundles", "check_room", "cluster", "describe", "free_room", "import_paths", "place",
+    "start_ray",
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job, beside RAY_ADDRESS
@@ -80,6 +83,25 @@ def _installed(path: str) -> bool:
     return path.startswith((sys.prefix, sys.base_prefix)) or path.endswith(".zip")
 
 
+def start_ray(**options: Any) -> None:
+    """Start Ray on this machine, for this process alone.
+
+    Ray gives its own node 30 seconds to come up, which a busy machine exceeds: then it is tried once more.
+
+    Args:
+        options: of `ray.init`.
+
+    Raises:
+        Exception: what `ray.init` raises.
+    """
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:  # Ray raises nothing more exact
+        if "timed out during startup" not in str(error):
+            raise
+        ray.init(address="local", **options)
+
+
 @contextmanager
 def cluster(config: Config, *, at_least_cpus: float = 0) -> Iterator[None]:
     """Be connected to Ray: use this process's connection, join a cluster, or start one and end it.
@@ -109,8 +131,8 @@ def cluster(config: Config, *, at_least_cpus: float = 0) -> Iterator[None]:
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             # Logical CPUs: on a laptop, actors that take turns may share a core.
             cpus = max(os.cpu_count() or 1, math.ceil(max(_totals(config)["CPU"], at_least_cpus)))
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=config.cluster.dashboard,
+            start_ray(
+                num_cpus=cpus, include_dashboard=config.cluster.dashboard,
                 log_to_driver=True, logging_level="ERROR",
             )  # fmt: skip
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, ...
