@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import psutil
 import pytest
+from playground import slowed
 
 from stateset_ray.config import Config, load_config
 from stateset_ray.metrics import JsonLines
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 _T = TypeVar("_T")
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef" * 4
-SECONDS = 10  # within which an error must be told, on a machine that does other work besides
+SECONDS = 10  # within which an error must be told, where a core is free
 
 CONFIG = """
 [run]
@@ -288,7 +289,7 @@ def test_what_cannot_work_is_told_at_once(cluster: Cluster, project: Path, tmp_p
         done = cluster.run(*words, at=project, **variables)
         took = time.monotonic() - started
         assert (done.returncode, said in done.stderr) == (code, True), (words, done.stdout, done.stderr)
-        assert took < SECONDS, (words, took)
+        assert took < slowed(SECONDS), (words, took)
         assert TOKEN not in done.stdout + done.stderr
 
 

@@ -106,7 +106,7 @@ def test_sampling_follows_the_distribution(tiny, hardware):
     probabilities = torch.softmax(logits.logits[0, -1] / 0.5, -1).double().numpy()
 
     async def main():
-        engine = make(tiny, hardware, slots=8)
+        engine = make(tiny, hardware, slots=100)
         asked = [
             engine.reply(request(prompt, name=f"c{i}", seed=i, tokens=1, temperature=0.5))
             for i in range(3000)

@@ -21,7 +21,7 @@ from stateset_ray.config import Config, load_config
 from stateset_ray.environments.echo import Echo
 from stateset_ray.types import Message, Split, Step, Task
 
-__all__ = ["Constant", "EveryOther", "Playground", "gone", "on_fifo", "small"]
+__all__ = ["Constant", "EveryOther", "Playground", "gone", "on_fifo", "slowed", "small"]
 
 _SMALL = (
     "model.name=tiny",
@@ -45,6 +45,11 @@ _SMALL = (
 def small(folder: Path, *overrides: str) -> Config:
     """A run of seconds in `folder`: 8 conversations a step, one worker, one learner rank."""
     return load_config(None, [f'run.dir="{folder}"', *_SMALL, *overrides])
+
+
+def slowed(seconds: float) -> float:
+    """What takes so long where a core is free for it takes so long with as many others as run here now."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def gone(pids: list[int], seconds: float = 30) -> bool:
