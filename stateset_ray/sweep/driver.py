@@ -18,10 +18,10 @@ from typing import Any
 from stateset_ray.actors.placement import check_room, cluster
 from stateset_ray.actors.run_folder import check_same, write_config
 from stateset_ray.config import Config, load_config
-from stateset_ray.errors import ConfigError, RunError
+from stateset_ray.errors import ConfigError, RunError, StatesetError
 from stateset_ray.manifest import replace_whole
 from stateset_ray.sweep.plan import Plan, trials_to_run
-from stateset_ray.sweep.results import Outcome, read_outcome, write_results
+from stateset_ray.sweep.results import Outcome, Reports, read_outcome, write_results
 from stateset_ray.sweep.space import Dice, Values, draw_valid, varied
 from stateset_ray.sweep.trial import VALUES, request
 from stateset_ray.sweep.tuning import OnEvent, build_tuner, restored_tuner, told, unwatched
@@ -83,6 +83,8 @@ def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swep
         try:
             with _quiet():
                 grid = tuner.fit()
+        except Exception as error:
+            raise _said(error) from error
         finally:
             unwatched(folder)
         outcomes = [_outcome(plan, folder, result) for result in grid]
@@ -96,6 +98,16 @@ def run_sweep(plan: Plan, *, name: str, resume: bool, on_event: OnEvent) -> Swep
             mend=f"look at {folder / 'results.json'}; --resume tries those that failed again",
         )
     return Swept(folder, outcomes, best, interrupted)
+
+
+def _said(error: Exception) -> Exception:
+    """What was raised on purpose within Tune, which hands it on as text."""
+    within: BaseException | None = error
+    while within is not None:
+        if isinstance(within, StatesetError):
+            return within
+        within = within.__cause__ or within.__context__
+    return error
 
 
 @contextmanager
@@ -116,7 +128,8 @@ def _quiet() -> Iterator[None]:
 def _outcome(plan: Plan, folder: Path, result: Any) -> Outcome:
     values = dict((result.config or {}).get(VALUES, {}))
     error = told(result.error) if result.error else ""
-    return read_outcome(Path(result.path), plan, values, error)
+    # Tune's folder of a trial has the trial's name.
+    return read_outcome(Reports(folder), Path(result.path).name, plan, values, error)
 
 
 def _largest(plan: Plan, trials: Sequence[Values]) -> list[dict[str, float]]:

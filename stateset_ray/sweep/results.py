@@ -1,7 +1,8 @@
-"""What the trials of a sweep came to: read from Tune's books, ranked, and written beside them.
+"""What the trials of a sweep came to: noted as they report it, ranked, and written down.
 
 <sweep>/
   config.toml space.toml   what was asked for
+  reports.jsonl            every step that a trial reported, as it came
   results.json             every trial: values, curve, how it ended
   best.toml                the whole configuration of the best trial; `stateset-ray train` takes it
   sweep.svg                the same as a picture
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from stateset_ray.sweep.picture import Curve, picture
 from stateset_ray.sweep.plan import Plan
 from stateset_ray.sweep.space import Values, varied
 
-__all__ = ["Outcome", "Status", "best_of", "read_outcome", "write_results"]
+__all__ = ["Outcome", "Reports", "Status", "best_of", "read_outcome", "write_results"]
 
 Status = Literal["finished", "ended early", "failed", "unfinished"]
 
@@ -57,27 +58,89 @@ class Outcome:
     in_force: dict[str, Any] = field(default_factory=dict)
 
 
-def read_outcome(
-    books: Path, plan: Plan, values: Values, error: str = ""
-) -> Outcome:  # fmt: skip
-    """Read what Tune wrote down of a trial.
+class Reports:
+    """What the trials of a sweep have reported: `reports.jsonl`, written by the driver alone.
+
+    Tune writes the same into a file of each trial, but loses lines of it: when a trial goes on from a
+    checkpoint, Tune begins that file anew with its copy in the sweep's folder, which may be older by 10 s.
 
     Args:
-        books: Tune's folder of the trial.
+        folder: of the sweep.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "reports.jsonl"
+
+    def begin(self) -> None:
+        """Make the file, or end a line in it that the death of an earlier driver cut short.
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        whole = not self._path.is_file() or self._path.read_bytes().endswith(b"\n")
+        self._write("" if whole else "\n")
+
+    def append(self, trial: str, result: Mapping[str, Any], metric: str) -> None:
+        """Note what a trial has just reported to Tune.
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        report = {
+            "trial": trial,
+            "step": int(result["training_iteration"]),
+            "value": float(result.get(metric, math.nan)),
+            "values": dict(result.get("config", {}).get("values", {})),
+            "in_force": dict(result.get("in_force", {})),
+            "done": bool(result.get("done")),
+        }
+        self._write(json.dumps(_plain(report), allow_nan=False) + "\n")
+
+    def of(self, trial: str) -> list[dict[str, Any]]:
+        """What a trial has reported, in the order in which it came."""
+        if not self._path.is_file():
+            return []
+        found = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                report = json.loads(line)
+            except ValueError:  # cut short
+                continue
+            if report["trial"] == trial:
+                found.append(report)
+        return found
+
+    def _write(self, text: str) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise RunError(
+                f"what a trial reported cannot be written: {error.strerror}", given=str(self._path),
+                mend="make room on the disk; --resume goes on with the sweep",
+            ) from error  # fmt: skip
+
+
+def read_outcome(
+    reports: Reports, trial: str, plan: Plan, values: Values, error: str = ""
+) -> Outcome:  # fmt: skip
+    """Make out what a trial came to.
+
+    Args:
+        trial: its name.
         values: what it set last.
         error: why it failed for good, if it did.
     """
     curve: dict[int, float] = {}
     changes: list[tuple[int, Values]] = []
     last: dict[str, Any] = {}
-    for line in _lines(books / "result.json"):
-        step = int(line["training_iteration"])
+    for report in reports.of(trial):
+        step = report["step"]
         curve = {s: v for s, v in curve.items() if s < step}  # it went back to a checkpoint
-        curve[step] = float(line.get(plan.metric, math.nan))
-        acting = line.get("config", {}).get("values", {})
-        if last and acting != last.get("config", {}).get("values", {}):
-            changes.append((step, acting))
-        last = line
+        curve[step] = math.nan if report["value"] is None else report["value"]
+        if last and report["values"] != last["values"]:
+            changes.append((step, report["values"]))
+        last = report
     steps = max(curve, default=0)
     status: Status = "unfinished"
     if error:
@@ -85,21 +148,9 @@ def read_outcome(
     elif last.get("done"):
         status = "finished" if steps >= plan.config.train.steps else "ended early"
     return Outcome(
-        books.name, status, steps, curve.get(steps, math.nan), values, sorted(curve.items()), changes, error,
+        trial, status, steps, curve.get(steps, math.nan), values, sorted(curve.items()), changes, error,
         dict(last.get("in_force", {})),
     )  # fmt: skip
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # cut short by a crash
-            continue
-    return found
 
 
 def best_of(outcomes: Sequence[Outcome], mode: Literal["max", "min"]) -> Outcome | None:

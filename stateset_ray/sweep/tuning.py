@@ -16,9 +16,10 @@ from ray.tune.search import Searcher
 
 from stateset_ray.actors.placement import free_room
 from stateset_ray.actors.remote import cause_of
-from stateset_ray.errors import CheckpointError
+from stateset_ray.errors import CheckpointError, RunError
 from stateset_ray.sweep.handover import Pointer, hand_over
 from stateset_ray.sweep.plan import Plan
+from stateset_ray.sweep.results import Reports
 from stateset_ray.sweep.space import Dice, Source, Values, draw_valid
 from stateset_ray.sweep.trial import VALUES, trial_class
 
@@ -215,10 +216,10 @@ class _Asked:
 
 
 class Watch(tune.Callback):
-    """Tells whoever watches a sweep what happens in it.
+    """Notes what the trials of a sweep report, and tells whoever watches what happens in it.
 
     Args:
-        folder: of the sweep, by which the one who watches is found.
+        folder: of the sweep, where it is noted, and by which the one who watches is found.
         metric: what is compared.
     """
 
@@ -228,7 +229,18 @@ class Watch(tune.Callback):
         self._idle_since = math.inf  # seconds of `time.monotonic`
 
     def setup(self, *args: Any, **info: Any) -> None:
-        """The sweep begins, or goes on."""
+        """The sweep begins, or goes on.
+
+        Raises:
+            RunError: its folder is not where it was when it began.
+        """
+        if self._folder not in _watching:
+            raise RunError(
+                "the folder of this sweep was moved",
+                given=self._folder,
+                mend="move it back, or start a new one",
+            )
+        Reports(Path(self._folder)).begin()
         self._idle_since = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -255,7 +267,8 @@ class Watch(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial took a step."""
+        """A trial took a step. It is noted first: whatever comes of the trial, this has happened."""
+        Reports(Path(self._folder)).append(trial.trial_id, result, self._metric)
         step, value = result["training_iteration"], result.get(self._metric, math.nan)
         self._emit("trial_step", trials, trial, step=step, value=value, metric=self._metric)
 

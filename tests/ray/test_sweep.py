@@ -12,7 +12,7 @@ import pytest
 from playground import small
 
 from stateset_ray.config import load_config
-from stateset_ray.errors import ClusterError
+from stateset_ray.errors import ClusterError, RunError
 from stateset_ray.metrics import JsonLines
 from stateset_ray.sweep import sweep
 from stateset_ray.sweep.plan import Plan, read_plan
@@ -98,7 +98,8 @@ HALVING = """
     """
 
 
-def test_a_sweep_outlives_a_dead_rank_and_an_interruption(tmp_path: Path) -> None:
+def test_a_sweep_outlives_a_dead_rank_and_an_interruption(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "1000")  # and is not made anew before the trial goes on
     overrides = [ENGINE, "train.steps=2", "train.checkpoint_every=1", "learner.restarts=0"]
     plan = planned(tmp_path, HALVING, *overrides)
     events: list[dict[str, Any]] = []
@@ -106,6 +107,8 @@ def test_a_sweep_outlives_a_dead_rank_and_an_interruption(tmp_path: Path) -> Non
     def on_event(event: Any) -> None:
         events.append(dict(event))
         if event["event"] == "trial_step" and len(events) < 4:  # the first step of the first trial
+            # Tune's copy of what the trial reported is older than that: it began when the trial did.
+            (tmp_path / "runs/asha/tune" / event["trial"] / "result.json").write_text("")
             for rank in learner_ranks():
                 rank.kill()
         if event["event"] == "trial_ended":
@@ -137,6 +140,15 @@ def test_a_sweep_outlives_a_dead_rank_and_an_interruption(tmp_path: Path) -> Non
     assert best.learner.learning_rate == 1e-2
     assert (swept.folder / "sweep.svg").read_text().startswith("<svg")
     assert not learner_ranks()
+
+
+def test_a_sweep_that_cannot_note_what_is_reported_ends_before_its_first_trial(tmp_path: Path) -> None:
+    def on_event(event: Any) -> None:
+        assert event["event"] == "sweep_opened"
+        (Path(event["folder"]) / "reports.jsonl").mkdir()
+
+    with pytest.raises(RunError, match="what a trial reported cannot be written"):
+        sweep(planned(tmp_path, HALVING, ENGINE, "train.steps=2"), name="unwritable", on_event=on_event)
 
 
 def test_what_can_never_be_placed_is_said_at_once(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from stateset_ray.sweep.driver import _open_folder, run_sweep
 from stateset_ray.sweep.handover import Pointer, hand_over, take_up
 from stateset_ray.sweep.picture import Curve, picture
 from stateset_ray.sweep.plan import Plan, read_plan
-from stateset_ray.sweep.results import Outcome, best_of, read_outcome, write_results
+from stateset_ray.sweep.results import Outcome, Reports, best_of, read_outcome, write_results
 from stateset_ray.sweep.show import SweepProgress, table
 from stateset_ray.sweep.space import varied
 
@@ -47,6 +47,11 @@ def outcome(name: str, steps: int, value: float, status: Any = "finished", **val
     return Outcome(name, status, steps, value, values, [(s, value * s / steps) for s in range(1, steps + 1)])
 
 
+def noted(reports: Reports, trial: str, step: int, value: float, values: Any, done: bool = False) -> None:
+    result = {"training_iteration": step, "config": {"values": values}, "in_force": values, "done": done}
+    reports.append(trial, result | {"reward_mean": value}, "reward_mean")
+
+
 def test_the_best_is_of_those_that_went_furthest() -> None:
     trials = [
         outcome("early", 2, 0.9, "ended early"),
@@ -63,25 +68,30 @@ def test_the_best_is_of_those_that_went_furthest() -> None:
 def test_what_was_taken_over_and_what_was_done_again_is_read_as_it_ended(tmp_path: Path, plan: Plan) -> None:
     old, new = {"learner.learning_rate": 1e-3}, {"learner.learning_rate": 1e-4}
     lines = [(1, 0.1, old), (2, 0.2, old), (3, 0.9, old), (3, 0.3, new), (4, math.nan, new)]
-    (tmp_path / "result.json").write_text(
-        "\n".join(
-            json.dumps({"training_iteration": step, "reward_mean": value, "config": {"values": values},
-                        "in_force": values, "done": step == 4})
-            for step, value, values in lines
-        )
-        + '\n{"cut short'
-    )  # fmt: skip
-    found = read_outcome(tmp_path, plan, new)
+    reports = Reports(tmp_path)
+    reports.begin()
+    for step, value, values in lines:
+        noted(reports, "a", step, value, values, done=step == 4)
+        noted(reports, "other", step, 1.0, values)
+        with (tmp_path / "reports.jsonl").open("a") as file:  # by a driver that died
+            file.write('{"trial": "a", "st')
+        Reports(tmp_path).begin()
+    found = read_outcome(reports, "a", plan, new)
     assert found.curve[:3] == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert (found.status, found.steps, found.changes, found.in_force) == ("finished", 4, [(3, new)], new)
     assert math.isnan(found.value)
-    assert read_outcome(tmp_path, plan, new).status == "finished"
-    assert read_outcome(tmp_path, plan, new, error="boom").status == "failed"
-    assert read_outcome(tmp_path / "none", plan, new).status == "unfinished"
-    (tmp_path / "result.json").write_text('{"training_iteration": 2, "reward_mean": 0.5, "done": true}')
-    assert read_outcome(tmp_path, plan, new).status == "ended early"
-    (tmp_path / "result.json").write_text('{"training_iteration": 2, "reward_mean": 0.5, "done": false}')
-    assert read_outcome(tmp_path, plan, new).status == "unfinished"
+    assert read_outcome(reports, "a", plan, new, error="boom").status == "failed"
+    assert read_outcome(reports, "none", plan, new).status == "unfinished"
+    noted(reports, "b", 2, 0.5, old, done=True)
+    assert read_outcome(reports, "b", plan, old).status == "ended early"
+    noted(reports, "c", 2, 0.5, old)
+    assert read_outcome(reports, "c", plan, old).status == "unfinished"
+
+
+def test_reports_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "reports.jsonl").mkdir()
+    with pytest.raises(RunError, match="what a trial reported cannot be written: Is a directory"):
+        Reports(tmp_path).begin()
 
 
 def test_the_best_configuration_is_whole_and_trains(tmp_path: Path, plan: Plan) -> None:
