@@ -22,7 +22,7 @@ from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.settings import ServeSettings
 
-__all__ = ["Policies", "PolicyBusy", "PolicyLost", "answered"]
+__all__ = ["Policies", "PolicyBusy", "PolicyLost", "answered", "overloaded"]
 
 _BACK_OFF = 0.05  # seconds before the first repetition; doubled for each further one
 _LONGEST_BACK_OFF = 2.0
@@ -57,6 +57,11 @@ class Policies(Protocol):
         ...
 
 
+def overloaded() -> ApiError:
+    """The refusal for want of room."""
+    return ApiError(429, "overloaded", "the policy has no room at the moment", retry_after=1.0)
+
+
 async def answered(
     policies: Policies, ask: Ask, settings: ServeSettings, meters: Meters
 ) -> AsyncGenerator[tuple[Event, ...]]:
@@ -84,9 +89,7 @@ async def answered(
             return
         except PolicyBusy:
             meters.add("shed", 1, reason="overloaded")
-            raise ApiError(
-                429, "overloaded", "the policy has no room at the moment", retry_after=1.0
-            ) from None
+            raise overloaded() from None
         except PolicyLost:
             if shown:
                 raise ApiError(

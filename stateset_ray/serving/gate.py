@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.rates import Rates
+from stateset_ray.serving.room import Refusals
 from stateset_ray.serving.security import Caller, KeyRing, is_loopback
 from stateset_ray.serving.settings import ServeSettings
 
@@ -31,6 +32,7 @@ _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
+_ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/agent/chat/completions"})
 _READY = frozenset({"/readyz", "/health/ready"})
 _OPEN = frozenset({"/healthz", "/health", "/health/live"}) | _READY
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -51,19 +53,23 @@ class Gate:
         rates: how much.
         settings: of the endpoint.
         meters: where requests are counted.
+        full: whether the policy has no room for one more question.
 
     Attributes:
         draining: True once no new requests are taken.
     """
 
     def __init__(
-        self, app: _App, keys: KeyRing, rates: Rates, settings: ServeSettings, meters: Meters
-    ) -> None:
+        self, app: _App, keys: KeyRing, rates: Rates, settings: ServeSettings, meters: Meters,
+        full: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
         self._app = app
         self._keys = keys
         self._rates = rates
         self._settings = settings
         self._meters = meters
+        self._full = full
+        self._refusals = Refusals()
         self._open = _OPEN | ({"/"} if settings.page else set())
         self._running = 0
         self.draining = False
@@ -104,6 +110,11 @@ class Gate:
                 await self._app(visit.scope, visit.receive, visit.send)
                 return
             await self._rates.count(caller.name)
+            if visit.asks and self._full():
+                self._meters.add("shed", 1, reason="overloaded")
+                visit.shed = True
+                await self._refusals.send(visit.send)
+                return
             with self._rates.running(caller.name):
                 await self._app(visit.scope, visit.receive, visit.send)
         except ApiError as error:
@@ -151,11 +162,11 @@ class Gate:
         return ApiError(503, "draining", "this server is being stopped", retry_after=1.0)
 
     def _record(self, visit: _Visit) -> None:
-        route = getattr(visit.scope.get("route"), "path", "none")
+        route = visit.path if visit.shed else getattr(visit.scope.get("route"), "path", "none")
         seconds = time.monotonic() - visit.started
         self._meters.add("requests", 1, path=route, status=f"{visit.status // 100}xx")
         self._meters.observe("request_seconds", seconds, path=route)
-        if route not in _OPEN:
+        if route not in _OPEN and not visit.shed:
             _log.info(
                 "%s %s by %s: %d in %.3f s", visit.scope["method"], route,
                 visit.caller.name if visit.caller else "nobody", visit.status, seconds,
@@ -175,7 +186,9 @@ class _Visit:
         scope.setdefault("state", {})["request_id"] = self.id
         # An application may be mounted below a prefix, which is no part of its routes.
         self.path = str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
+        self.asks = scope["method"] == "POST" and self.path in _ASKING
         self.caller: Caller | None = None
+        self.shed = False
         self.started = time.monotonic()
         self.status = 499  # the client left before there was any
         self._receive = receive

@@ -17,13 +17,14 @@ from ray.serve.context import _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from stateset_ray.errors import InfrastructureFault
-from stateset_ray.serving.dispatch import Policies, PolicyBusy, PolicyLost
+from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
 from stateset_ray.serving.events import Ask, Event
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.gate import Gate
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.rates import Rates
 from stateset_ray.serving.redaction import RedactingFilter
+from stateset_ray.serving.room import RoomyPolicies
 from stateset_ray.serving.routes import routes
 from stateset_ray.serving.security import KeyRing
 from stateset_ray.serving.settings import ServeSettings
@@ -109,10 +110,11 @@ class Ingress:
         if settings.redact:
             logging.getLogger("ray.serve").addFilter(RedactingFilter())
         meters = Meters.of_ray()
-        policies: Policies = ServePolicies(policy, may_sleep=settings.may_sleep)
+        policies = RoomyPolicies(ServePolicies(policy, may_sleep=settings.may_sleep))
         log = TranscriptLog(settings.transcripts, meters) if settings.transcripts.folder is not None else None
         app = routes(settings, SampledPolicies(policies, log) if log else policies, meters)
-        self._gate = Gate(app, KeyRing(settings.security), Rates(settings.rates), settings, meters)
+        keys, rates = KeyRing(settings.security), Rates(settings.rates)
+        self._gate = Gate(app, keys, rates, settings, meters, policies.full)
         self._lasting: list[Callable[[], int]] = [
             lambda: self._gate.running, *app.state.lasting, *([lambda: log.unwritten] if log else [])
         ]  # fmt: skip

@@ -71,10 +71,10 @@ class Local:
         return [await self.status()]
 
 
-def gate(policies, meters, settings=SETTINGS):
+def gate(policies, meters, settings=SETTINGS, full=lambda: False):
     """The whole application."""
     app = routes(settings, policies, meters)
-    return Gate(app, KeyRing(settings.security, {}), Rates(settings.rates), settings, meters)
+    return Gate(app, KeyRing(settings.security, {}), Rates(settings.rates), settings, meters, full)
 
 
 def client(gate, key=KEY, below=""):
