@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
+import shutil
+import socket
+import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,3 +83,32 @@ def make(policies, meters, endpoint):
         return endpoint.gate(policies, meters, settings)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def redis_url():
+    """A real server of its own."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed (apt-get install redis-server)")
+    if importlib.util.find_spec("redis") is None:
+        pytest.skip("the redis client is not installed (pip install 'stateset-ray[redis]')")
+    import redis
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        try:
+            client, end = redis.Redis(port=port), time.monotonic() + 20
+            while True:
+                try:
+                    client.ping()
+                    break
+                except redis.ConnectionError:
+                    assert time.monotonic() < end
+            client.close()
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            server.terminate()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import shutil
-import socket
 import sqlite3
 import stat
-import subprocess
 import time
 
 import pytest
@@ -25,35 +21,6 @@ HI, YO = Message("user", "hi"), Message("assistant", "yö \U0001f600\n'; DROP TA
 
 def refused(code: str):
     return pytest.raises(ApiError, match=code)
-
-
-@pytest.fixture(scope="module")
-def redis_url():
-    """A real server of its own."""
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed (apt-get install redis-server)")
-    if importlib.util.find_spec("redis") is None:
-        pytest.skip("the redis client is not installed (pip install 'stateset-ray[redis]')")
-    import redis
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            client, end = redis.Redis(port=port), time.monotonic() + 20
-            while True:
-                try:
-                    client.ping()
-                    break
-                except redis.ConnectionError:
-                    assert time.monotonic() < end
-            client.close()
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            server.terminate()
 
 
 @pytest.fixture(params=["sqlite", "redis"])
