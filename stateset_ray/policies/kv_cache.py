@@ -108,6 +108,11 @@ class KVCache:
                 best, length = slot, shared
         return best, length
 
+    @property
+    def full(self) -> bool:
+        """Whether every slot is at work, so that no turn can get one."""
+        return all(slot.busy for slot in self.slots)
+
     def acquire(self, conversation: str, prompt: Ids) -> Slot | None:
         """A slot for a turn, holding as much of the prompt as any slot knows; None if it has to wait.
 

@@ -209,12 +209,15 @@ class TransformersEngine:
         budget = _PREFILL_BUDGET - sum(len(t.pending) for t in self._running)
         computing = [t.prompt for t in self._running if len(t.pending)]
         deferred: list[_Turn] = []
-        for turn in self._waiting:
+        for place, turn in enumerate(self._waiting):
+            if budget <= 0 or self._cache.full:  # however many wait, they cost a pass nothing
+                deferred += self._waiting[place:]
+                break
             known = self._cache.known(turn.request.conversation, turn.prompt)
             soon = max((common_prefix(p, turn.prompt) for p in computing), default=0)
             # Another turn of this very pass computes what this one could copy in the next.
             slot = None
-            if budget > 0 and soon < known + _WORTH_SHARING:
+            if soon < known + _WORTH_SHARING:
                 slot = self._cache.acquire(turn.request.conversation, turn.prompt)
             if slot is None:
                 deferred.append(turn)
