@@ -50,7 +50,8 @@ def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
     if not settings.enabled:
         return
     audit = Audit(settings.audit_file, arguments=settings.audit_arguments)
-    tools = Tools(load_tools(replying.settings), settings, replying.meters, audit)
+    toolbox, concurrent = load_tools(replying.settings), replying.settings.rates.concurrent
+    tools = Tools(toolbox, settings, replying.meters, audit, concurrent)
     app.state.lasting.append(lambda: tools.under_way)  # a client that leaves does not end them
     rollout = Source(replying.settings.source).config().rollout
     reply_tokens = settings.reply_tokens or rollout.max_turn_tokens

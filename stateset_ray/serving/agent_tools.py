@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,19 +56,24 @@ class Tools:
         settings: which tools are allowed, and how long each may take.
         meters: where calls are counted.
         audit: where calls are written down.
+        per_caller: calls of one caller that are under way at a time; more are refused.
 
     Attributes:
         system: the prompt that the policy was trained with.
         allowed: the tools that may be called.
     """
 
-    def __init__(self, toolbox: Toolbox, settings: AgentSettings, meters: Meters, audit: Audit) -> None:
+    def __init__(
+        self, toolbox: Toolbox, settings: AgentSettings, meters: Meters, audit: Audit,
+        per_caller: float = math.inf,
+    ) -> None:  # fmt: skip
         self._toolbox = toolbox
         self._settings = settings
         self._meters = meters
         self._audit = audit
         self._threads = ThreadPoolExecutor(settings.tools_at_once, thread_name_prefix="tool")
-        self._under_way: set[asyncio.Task[Any]] = set()
+        self._per_caller = per_caller
+        self._under_way: dict[asyncio.Task[Any], str] = {}  # and for whom
         self.system = toolbox.system
         self.allowed: tuple[Tool, ...] = tuple(
             tool for tool in toolbox.tools if not settings.tools or tool.name in settings.tools
@@ -88,7 +94,8 @@ class Tools:
             seconds: that are left to begin it; one that was begun gets its own time.
 
         Raises:
-            ApiError: 504; a tool is asked for, none are left, and it was not begun.
+            ApiError: a tool is asked for and was not begun: 504, no seconds are left; 429, the caller has
+                too many under way, which go on though their requests are gone.
         """
         try:
             call = self._toolbox.read(step.messages[0].content)
@@ -105,10 +112,13 @@ class Tools:
             raise ApiError(
                 504, "deadline_exceeded", "no time was left for a call of a tool, and it was not begun"
             )
+        if sum(whose == caller for whose in self._under_way.values()) >= self._per_caller:
+            # Who leaves gives a request's place back, and must not gather tools that run all the same.
+            raise ApiError(429, "too_many_requests", "this key has too many tools under way", retry_after=1.0)
         # Its own task: what changes something in the world must end as a whole, and be written down.
         task = asyncio.create_task(self._carry_out(step, call, request, caller))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        self._under_way[task] = caller
+        task.add_done_callback(self._under_way.pop)
         return await asyncio.shield(task)
 
     async def _carry_out(self, step: Stepped, call: ToolCall, request: str, caller: str) -> Stepped:

@@ -371,6 +371,28 @@ def test_a_tool_that_was_begun_ends_and_is_written_down_though_its_client_left(m
     assert bench.called == [("hangs", "s")]
 
 
+def test_who_leaves_cannot_gather_tools_that_run_on(meters):
+    bench = AsyncBench()
+
+    async def play():
+        box = Tools(bench, AgentSettings(enabled=True), meters, Audit(None, arguments=True), per_caller=2)
+        for _ in range(2):
+            task = asyncio.create_task(box.take(step("CALL hangs"), request="r", caller="s", seconds=9))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        with pytest.raises(ApiError, match="too_many_requests") as caught:
+            await box.take(step("CALL ok"), request="r", caller="s", seconds=9)
+        assert caught.value.status == 429
+        assert (await box.take(step("CALL ok"), request="r", caller="c", seconds=9)).outcome == "done"
+        bench.open.set()
+        while box.under_way:
+            await asyncio.sleep(0)
+        assert (await box.take(step("CALL ok"), request="r", caller="s", seconds=9)).outcome == "done"
+
+    asyncio.run(play())
+
+
 def test_a_drain_waits_for_a_tool_whose_client_left(meters):
     bench = AsyncBench()
 

@@ -6,6 +6,7 @@ import runpy
 import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -83,10 +84,11 @@ def document(url):
 
 def test_no_request_is_a_failure_of_the_server(document):
     key = {"authorization": f"Bearer {_SUPPORT['ROOT']}"}
-    tried = []
+    tried, told = [], Counter()
 
     def check(case):
         answer = case.call(headers=key)
+        told[case.path, answer.status_code] += 1
         assert answer.status_code < 500, (case.method, case.path, answer.text)
         kind = answer.headers["content-type"][0].partition(";")[0]
         assert kind in ("application/json", "text/event-stream")
@@ -105,3 +107,5 @@ def test_no_request_is_a_failure_of_the_server(document):
         how(given(case=operation.as_strategy())(check))()
         tried.append(operation.path)
     assert {"/v1/completions", "/v1/agent/chat/completions", "/v1/conversations/{id}/items"} <= set(tried)
+    asked = ("/v1/chat/completions", "/v1/completions", "/v1/agent/chat/completions")
+    assert all(told[path, 200] for path in asked), "what was never answered was not tried"
