@@ -38,8 +38,8 @@ _LOOK = 0.2
 
 
 @contextmanager
-def scaled(folder: Path) -> Iterator[str]:
-    """A head without CPUs and an autoscaler that starts nodes of two CPUs here; its address."""
+def scaled(folder: Path, most: int = 2) -> Iterator[str]:
+    """A head without CPUs and an autoscaler that starts nodes of two CPUs here, so many; its address."""
     with socket.socket() as first, socket.socket() as second:
         for probe in (first, second):
             probe.bind(("", 0))
@@ -50,7 +50,7 @@ def scaled(folder: Path) -> Iterator[str]:
              "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude",
              "rsync_filter")  # fmt: skip
     scaling = {
-        "cluster_name": "nodes", "max_workers": 2, "upscaling_speed": 1.0, "idle_timeout_minutes": 0.1,
+        "cluster_name": "nodes", "max_workers": most, "upscaling_speed": 1.0, "idle_timeout_minutes": 0.1,
         "provider": {
             "type": "external", "gcs_address": address, "launch_multiple": True, "head_node_id": HEAD_ID,
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -58,7 +58,7 @@ def scaled(folder: Path) -> Iterator[str]:
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": node | {"resources": {"CPU": 0}, "max_workers": 0},
-            "worker": node | {"resources": {"CPU": 2, "object_store_memory": 10**8}, "max_workers": 2},
+            "worker": node | {"resources": {"CPU": 2, "object_store_memory": 10**8}, "max_workers": most},
         },
         "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
         **{name: [] for name in lists},

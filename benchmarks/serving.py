@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -73,6 +74,7 @@ def main() -> None:
     options = _options()
     result: dict[str, Any] = {
         "machine": machine.describe(), "commit": machine.commit(), "versions": versions(),
+        "command": " ".join(["python -m benchmarks.serving", *sys.argv[1:]]),
         "model": options.model, "times": options.times,
     }  # fmt: skip
     # A server that is to be overloaded must be small: its queue is counted in answers.
@@ -88,6 +90,9 @@ def main() -> None:
             dashboard="deploy" in options.faults,
         ) as made,
     ):
+        made.seconds = options.seconds
+        if options.remembered is not None:
+            made.deploy(remembered=options.remembered)
         for fault in options.faults:
             result.setdefault("faults", {})[fault] = _measured(made, fault, options.times)
             _write(options.output, result)
@@ -115,6 +120,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--load", nargs="*", choices=tuple(LOADS), default=())
     parser.add_argument("--soak", type=float, default=0, metavar="SECONDS")
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--seconds", type=float, default=10, help="of each level of `overload`")
+    parser.add_argument("--remembered", type=int, help="`policy.remembered`, for a soak")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 

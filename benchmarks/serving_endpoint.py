@@ -34,7 +34,7 @@ from stateset_ray.serving.settings import (
     SwapSettings,
 )
 
-__all__ = ["PATIENCE", "Endpoint", "endpoint"]
+__all__ = ["PATIENCE", "Endpoint", "endpoint", "free_port"]
 
 PATIENCE = 120.0  # seconds that anything may take
 _REPLICA = "ray::ServeReplica:policy:"
@@ -45,7 +45,8 @@ class Endpoint:
     """Where it is, its keys, and the run that it follows."""
 
     def __init__(self, folder: Path, model: str, context: int, slots: int) -> None:
-        self.port, self.dashboard = _free_port(), _free_port()
+        self.port, self.dashboard = free_port(), free_port()
+        self.seconds = 10.0  # of a measurement
         self.url = f"http://127.0.0.1:{self.port}"
         self.run, keys = folder / "run", folder / "keys.json"
         self.run.mkdir()
@@ -182,7 +183,7 @@ def endpoint(
         ray.shutdown()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
