@@ -8,7 +8,8 @@
       step-00000012.old-<hex>/  moved aside while the same step is saved again
       .lock .writer             one writer at a time, and who it is
 
-Readers take no lock and trust nothing without a complete, matching manifest (`stateset_ray.manifest`).
+Readers (`stateset_ray.committed`) take no lock and trust nothing without a complete, matching manifest
+(`stateset_ray.manifest`).
 Whatever instant a writer dies at, what was committed before it is still found whole.
 
 Who waits: a writer for the writer before it, at most `timeout` seconds; what unblocks it is that one's
@@ -24,7 +25,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
 
+from stateset_ray.committed import POINTER, latest, open_checkpoint, pointed, steps
 from stateset_ray.errors import CheckpointError, StatesetError
 from stateset_ray.manifest import (
     MANIFEST,
@@ -57,7 +59,6 @@ CANARY = "serve-canary"
 """A file beside it: the checkpoint that answers a share of the conversations; kept in the same way."""
 BEFORE = "serve-before"
 """A file beside it: the checkpoints that an endpoint can be taken back to; kept in the same way."""
-_POINTER = "latest"
 _STALE = re.compile(r".+\.tmp-[0-9a-f]{32}")
 _logger = logging.getLogger(__name__)
 _writers: dict[Path, FileLock] = {}  # the lock that goes with each folder between `begin` and `commit`
@@ -191,80 +192,6 @@ def abort(temporary: Path) -> None:
         lock.release()
 
 
-def latest(root: Path) -> Checkpoint | None:
-    """The checkpoint to resume from, verified; None where there is none, or none that is whole.
-
-    Starts at the one that was committed last and walks to older steps until one verifies; newer ones
-    (left where a run was taken back to an earlier step) are tried last. Each that is passed over is
-    named in a warning. `open_checkpoint` raises instead of answering None.
-    """
-    found, problems = _walk(Path(root))
-    for problem in problems:
-        _logger.warning("a checkpoint was passed over: %s", problem)
-    return found
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The verified checkpoint at `path`: a run's folder, its `checkpoints` folder, or one checkpoint.
-
-    Raises:
-        CheckpointError: there is none there, or none that is whole.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(
-            "there is no such folder", given=str(path), mend="give a run's folder or one checkpoint"
-        )
-    if (path / MANIFEST).exists() or STEP_FOLDER.fullmatch(path.name):
-        return verify(path)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = latest(root)
-    if found is not None:
-        return found
-    _, problems = _walk(root)
-    if problems:
-        raise CheckpointError(
-            f"none of the {len(problems)} checkpoints here is whole; the first tried: {problems[0].problem}",
-            given=str(root),
-            mend="restore one from a backup, or train again",
-        ) from problems[0]
-    raise CheckpointError(
-        "no checkpoint has been saved here",
-        given=str(path),
-        mend="give a run's folder, its checkpoints folder or one step-* folder",
-    )
-
-
-def pointed(root: Path) -> str:
-    """The name of what was committed last, not verified; empty where that is not known."""
-    try:
-        return (Path(root) / _POINTER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _walk(root: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    newest = STEP_FOLDER.fullmatch(pointed(root))  # a lost pointer loses nothing: start at the newest
-    folders = sorted(_steps(root), key=lambda f: (-f[0], len(f[1].name)))  # whole names before `.old-`
-    last = int(newest[1]) if newest else max((step for step, _ in folders), default=0)
-    problems: list[CheckpointError] = []
-    for _, folder in [f for f in folders if f[0] <= last] + [f for f in folders if f[0] > last]:
-        try:
-            return verify(folder), problems
-        except CheckpointError as error:
-            problems.append(error)
-    return None, problems
-
-
-def _steps(root: Path) -> Iterator[tuple[int, Path]]:
-    """(step, folder) of every committed checkpoint, those moved aside included, in no order."""
-    with suppress(FileNotFoundError):
-        for entry in root.iterdir():
-            match = STEP_FOLDER.fullmatch(entry.name)
-            if match and entry.is_dir():
-                yield int(match[1]), entry
-
-
 def _clean(root: Path) -> None:
     """Remove what crashed writers left; only ever called under the lock, so nobody writes there."""
     for entry in list(root.iterdir()):
@@ -296,10 +223,10 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _point(root: Path, name: str) -> None:
-    beside = root / f"{_POINTER}.tmp-{uuid.uuid4().hex}"
+    beside = root / f"{POINTER}.tmp-{uuid.uuid4().hex}"
     try:
         write_synced(beside, name.encode() + b"\n")
-        beside.replace(root / _POINTER)
+        beside.replace(root / POINTER)
     finally:
         _remove(beside)
     sync_folder(root)
@@ -308,7 +235,7 @@ def _point(root: Path, name: str) -> None:
 
 def _retain(root: Path, step: int, keep: int) -> None:
     """Delete all but the `keep` newest at or below `step`; the one just committed is the first of these."""
-    whole = [f for f in _steps(root) if f[0] <= step and not f[1].suffix and (f[1] / MANIFEST).is_file()]
+    whole = [f for f in steps(root) if f[0] <= step and not f[1].suffix and (f[1] / MANIFEST).is_file()]
     kept = served(root.parent)
     for _, folder in sorted(whole, reverse=True)[keep:]:
         if folder.name in kept:  # an endpoint answers with it, or may have to again

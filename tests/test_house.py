@@ -26,7 +26,7 @@ FLOORS: dict[str, float] = {
     "types": 1, "config": 1, "sections": 1, "objective": 1, "settings": 1, "errors": 1, "deadline": 1,
     # 2: nouns
     "environments": 2, "rewards": 2, "grpo": 2, "metrics": 2, "checkpoint": 2, "manifest": 2, "models": 2,
-    "offline_models": 2, "packing": 2, "storage": 2, "dataset": 2,
+    "offline_models": 2, "packing": 2, "storage": 2, "dataset": 2, "committed": 2, "hardware": 2,
     # The package itself exports light nouns; those nouns must not lean on it in turn.
     PACKAGE: 2.5,
     # 3: what drives a model
@@ -54,10 +54,13 @@ SIDEWAYS = {
         "sections",
     ): "so have the sections, which are checked one by one; what they agree on is beside them",
     ("sections", "objective"): "sampling that breaks the objective's correction is refused where it is set",
+    ("checkpoint", "committed"): "what a writer keeps or removes it finds as readers do",
+    ("committed", "manifest"): "what is whole, the manifest says",
     ("checkpoint", "manifest"): "one subject in two files: the order of things, and the bytes",
     ("storage", "checkpoint"): "what is fetched becomes a checkpoint like any other",
     ("storage", "manifest"): "the commit mark of an upload is the manifest",
     ("dataset", "manifest"): "what must outlive a crash is written in one way",
+    ("models", "hardware"): "a model is loaded to where it will compute",
     ("models", "offline_models"): "a name of a model is resolved where models are loaded",
     ("sweep", "report"): "what comes from elsewhere is made safe for a terminal in one place",
     ("train_async", "train"): "the same loop; only how a step is taken differs",
@@ -79,6 +82,7 @@ LIBRARIES: dict[int | str, set[str]] = {
     "dataset": {"filelock", "pyarrow"},
     "doctor": {"torch", "transformers", "deepspeed"},
     "environments.gymnasium_text": {"gymnasium"},
+    "hardware": {"torch"},
     "grpo.divergence": {"torch"},
     "grpo.loss": {"torch"},
     "grpo.surrogate": {"torch"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +14,13 @@ from stateset_ray.actors.credit import Batch
 from stateset_ray.actors.evaluation import Evaluation, evaluate_heldout
 from stateset_ray.actors.flight import Collected
 from stateset_ray.actors.gauges import exported
-from stateset_ray.actors.jobs import GroupPayload
+from stateset_ray.actors.journal import Journal
 from stateset_ray.actors.learner_group import LearnerGroup, learner_group
 from stateset_ray.actors.lookahead import Lookahead
 from stateset_ray.actors.mirror import Keeper, mirror_of
 from stateset_ray.actors.placement import cluster, place
 from stateset_ray.actors.publishing.folder import check_run_folder, check_shared, root_of
 from stateset_ray.actors.record import step_record
-from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
 from stateset_ray.actors.run_folder import open_folder
 from stateset_ray.actors.stopping import stopping
@@ -34,8 +32,7 @@ from stateset_ray.errors import LearnerLost, RunError
 from stateset_ray.grpo.diagnosis import Problem, diagnose
 from stateset_ray.grpo.divergence import next_kl_coef
 from stateset_ray.learner.learner import LossKind
-from stateset_ray.manifest import replace_whole
-from stateset_ray.metrics import JsonLines, MemoryMeter, versions
+from stateset_ray.metrics import MemoryMeter, versions
 from stateset_ray.models import check_fits, check_reference, load_tokenizer, local_folder
 from stateset_ray.policies.renderer import Renderer
 
@@ -76,8 +73,7 @@ class Run:
         self.watch: Callable[[Collected, Batch], None] = lambda collected, batch: None
         self._environment = environment
         self._meter = meter
-        self._metrics = JsonLines(folder / "metrics.jsonl")
-        self._trajectories = JsonLines(folder / "trajectories.jsonl")
+        self._journal = Journal(folder)
         self._on_event = on_event
         self._stop = threading.Event()
         self._started = time.monotonic()
@@ -171,8 +167,9 @@ class Run:
             record["kl_coef"] = self.kl_coef
         problems = diagnose(record, self.config)
         record["warnings"] = [problem.name for problem in problems]
-        self._metrics.append(record)
-        self._log_trajectories(collected)
+        self._journal.step(record)
+        logged = [handle.payload for handle in collected.groups[: self.config.run.log_trajectories]]
+        self._journal.conversations(self.step, logged, self.config.cluster.wait_seconds)
         self.watch(collected, batch)
         for problem in problems:
             self.emit("warning", step=self.step, **problem.as_dict())
@@ -264,8 +261,7 @@ class Run:
         self.step, self.version, self.results = step, version, results
         self._saved = step if found is not None else None
         self._empty, self._between = 0, True
-        self._metrics.rewind(step)
-        self._trajectories.rewind(step)
+        self._journal.rewind(step)
         where = str(found.path) if found else None
         self.emit("resumed", step=step, checkpoint=where, ranks_then=ranks[0], ranks=ranks[1])
 
@@ -285,11 +281,7 @@ class Run:
             "checkpoint": str(path),
             "versions": versions(),
         }
-        target = self.folder / "summary.json"
-        try:
-            replace_whole(target, json.dumps(summary, indent=2).encode() + b"\n")
-        except OSError as error:
-            raise RunError(f"summary.json cannot be written: {error}", given=str(target)) from error
+        self._journal.summary(summary)
         self.emit("finished", **summary)
         return summary
 
@@ -312,15 +304,6 @@ class Run:
             {"role": m.role, "content": m.content} for m in result.conversation
         ]
         self.emit("evaluation", name=name, seconds=seconds, **result.as_dict())
-
-    def _log_trajectories(self, collected: Collected) -> None:
-        refs = [handle.payload for handle in collected.groups[: self.config.run.log_trajectories]]
-        limit = self.config.cluster.wait_seconds
-        payloads: list[GroupPayload] = get(refs, timeout=limit, waiting_for="conversations to log")
-        for payload in payloads:
-            # The first of each group: the same one in every run.
-            text = payload.group.trajectories[0].to_json()
-            self._trajectories.append({"step": self.step, "trajectory": json.loads(text)})
 
 
 @contextmanager

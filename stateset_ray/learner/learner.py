@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -24,6 +24,7 @@ from stateset_ray.learner.batch import MiniBatch, PackedBatch, pack
 from stateset_ray.learner.engine import Scores, build_engine
 from stateset_ray.learner.random_states import random_states, seed_all, set_random_states
 from stateset_ray.learner.reference import Reference
+from stateset_ray.learner.schedule import LossKind, learning_rate
 from stateset_ray.learner.tally import PeakMemory, Tally
 from stateset_ray.models import Hardware, load_model, load_tokenizer
 from stateset_ray.policies.weights import decode
@@ -31,35 +32,7 @@ from stateset_ray.types import derive_seed
 
 __all__ = ["Learner", "LossKind", "learning_rate"]
 
-LossKind = Literal["policy", "supervised"]
-
 _ENGINE_TAG = "engine"
-
-
-def learning_rate(config: Config, step: int, loss: LossKind = "policy") -> float:
-    """The learning rate of one step, from its number alone, so that a resumed run needs no scheduler.
-
-    Policy steps warm up linearly over `learner.warmup_steps` (step 0 already moves), then stay, fall
-    linearly or fall as a half cosine, to 0 after the last of `train.steps`. Supervised steps take
-    `train.warm_start.learning_rate` throughout.
-
-    Args:
-        step: counted from 0 in each phase.
-
-    Example:
-        >>> learning_rate(Config(), step=3)
-        1e-05
-    """
-    if loss == "supervised":
-        return config.train.warm_start.learning_rate
-    learner, total = config.learner, config.train.steps
-    if step < learner.warmup_steps:
-        return learner.learning_rate * (step + 1) / learner.warmup_steps
-    if learner.schedule == "constant":
-        return learner.learning_rate
-    done = min(1.0, (step - learner.warmup_steps) / (total - learner.warmup_steps))
-    left = 1 - done if learner.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return learner.learning_rate * left
 
 
 class Learner:
