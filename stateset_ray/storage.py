@@ -38,6 +38,9 @@ __all__ = ["Storage"]
 
 _CHECKPOINTS = "checkpoints"
 _PAUSES = (1.0, 5.0)  # seconds before the second and the third attempt
+_PATIENCE = 120.0  # seconds after which what failed is not tried again
+# By itself s3fs waits 60 s for each of up to 25 attempts of its own at an address that never answers.
+_S3 = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 2}}}
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 _logger = logging.getLogger(__name__)
@@ -293,14 +296,18 @@ class Storage:
 
     def _try(self, what: str, action: Callable[[], _T]) -> _T:
         """Do it, again if it fails. Clients raise errors of their own, so any may be one of the network's."""
+        started = time.monotonic()
         for pause in (*self._pauses, None):
             try:
                 return action()
             except CheckpointError:  # of this machine's disk, which no waiting mends
                 raise
             except Exception as error:
-                if pause is None or isinstance(error, PermissionError):
+                late = time.monotonic() - started > _PATIENCE
+                if pause is None or late or isinstance(error, PermissionError):
                     reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+                    # Some clients say no more than where nothing was found.
+                    reason = f"not found: {reason}" if isinstance(error, FileNotFoundError) else reason
                     raise CheckpointError(
                         f"the storage did not {what}: {reason}", given=self.address,
                         mend="check that it exists, can be reached, and that this machine may write there",
@@ -313,10 +320,12 @@ def _open(address: str) -> tuple[Any, str, bool]:
     """The file system behind an address, the path in it, and whether it is one of this machine's."""
     kind = address.partition("://")[0] if "://" in address else "file"
     try:
+        from fsspec.config import conf
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
-        system, root = url_to_fs(address)
+        bounded = kind in ("s3", "s3a") and not conf.get(kind)  # FSSPEC_S3 says it otherwise
+        system, root = url_to_fs(address, **(_S3 if bounded else {}))
     except ImportError as error:
         package = _PACKAGES.get(kind, "fsspec")
         raise ConfigError(
