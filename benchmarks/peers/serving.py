@@ -118,7 +118,8 @@ def _server(side: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]
         port = int(probe.getsockname()[1])
     folder = str(local_folder(options.model))
     if side == "ours":
-        command = [sys.executable, "-m", "stateset_ray", "serve", options.model, "--port", str(port)]
+        program = str(Path(sys.executable).with_name("stateset-ray"))
+        command = [program, "serve", options.model, "--port", str(port)]
         for setting in (
             "model_id=bench", "ingress_replicas=1", "policy.max_context=1024",
             f"policy.threads={options.threads}", "rates.requests=1000000/minute", "rates.concurrent=1000",
