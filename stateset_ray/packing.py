@@ -3,7 +3,8 @@
 Left out is what `.gitignore` and `.rayignore` say, those of this folder, of those below it, and of those
 above it up to the root of the repository. Where both have a word, `.rayignore` has the last one:
 `!weights.bin` in it sends what git ignores. Never sent, whatever they say, are runs, virtual environments,
-caches, what git keeps, and secrets (`.env`, tokens of Ray).
+caches, what git keeps, and secrets (`.env`, tokens of Ray). A link that leads out of the folder is refused,
+unless an ignore file says that it is meant (`!lib`): what it leads to was perhaps never to be sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from stateset_ray.errors import ConfigError
 
-__all__ = ["LIMIT", "Package", "collect", "write_archive"]
+__all__ = ["LIMIT", "Package", "collect", "left_out", "write_archive"]
 
 LIMIT = 100 * 2**20
 """Bytes, before compression: Ray keeps what is sent in the memory of the head node."""
@@ -58,7 +59,7 @@ def collect(root: Path, *, never: Sequence[Path] = (), limit: int = LIMIT) -> Pa
 
     Raises:
         ConfigError: there is no such folder, it cannot be read, nothing in it is sent, or more than `limit`
-            bytes would be; the message names the largest files.
+            bytes would be (the message names the largest files); or links lead out of it.
     """
     root = Path(root).absolute()
     if not root.is_dir():
@@ -68,14 +69,22 @@ def collect(root: Path, *, never: Sequence[Path] = (), limit: int = LIMIT) -> Pa
             "a home folder or the root of a file system is not sent to a cluster", given=str(root),
             mend="go to the project's folder, or name it with --working-dir",
         )  # fmt: skip
+    outside: list[Path] = []
     try:
-        walk = _walk(root, {Path(path).absolute() for path in never})
+        walk = _walk(root, {Path(path).absolute() for path in never}, outside)
         sizes = {path.relative_to(root): path.stat().st_size for path in walk}
     except OSError as error:
         raise ConfigError(
             f"what would be sent cannot be looked at: {error.strerror}", given=str(error.filename),
             mend="make it readable, or name it in .rayignore",
         ) from error  # fmt: skip
+    if outside:
+        lines = [f"\n  - {link.relative_to(root)} -> {link.resolve()}" for link in outside[:_LARGEST]]
+        first = outside[0].relative_to(root)
+        raise ConfigError(
+            f"{len(outside)} links lead out of the folder that is sent:{''.join(lines)}", given=str(root),
+            mend=f"name them in .rayignore: /{first} leaves it out, !/{first} sends what it leads to",
+        )  # fmt: skip
     if not sizes:
         raise ConfigError(
             "nothing in this folder would be sent", given=str(root),
@@ -114,30 +123,56 @@ def write_archive(package: Package, archive: Path) -> None:
                 ) from error  # fmt: skip
 
 
-def _walk(root: Path, never: set[Path]) -> Iterator[Path]:
+def left_out(root: Path, file: Path) -> tuple[Path, bool] | None:
+    """Because of what a file in a folder is not sent.
+
+    Returns:
+        The outermost of the folders above it, or the file itself, that is left out, relative to the root,
+        and whether an ignore file says so, which another could take back; None where nothing leaves it out.
+    """
+    root = Path(root).absolute()
+    rules = _rules_of_root(root)
+    for part in reversed([file, *file.parents][: len(file.relative_to(root).parts)]):
+        rules = [*rules, *_rules_of(part.parent)]
+        if _never_sent(part) or (part == file and part.suffix == ".pyc"):
+            return part.relative_to(root), False
+        if _word(part, rules, folder=part != file):
+            return part.relative_to(root), True
+    return None
+
+
+def _rules_of_root(root: Path) -> list[_Rules]:
     above = list(_rules_above(root))
-    if _ignored(root, above, folder=True):
-        above = []  # whoever sends a folder that its repository ignores means it
-    yield from _below(root, above, never, {root.resolve()})
+    # Whoever sends a folder that its repository ignores means it.
+    return [] if _word(root, above, folder=True) else above
 
 
-def _below(folder: Path, above: Sequence[_Rules], never: set[Path], trail: set[Path]) -> Iterator[Path]:
-    """The files below a folder; links are followed, but for those that lead back up."""
-    rules = [*above, *_rules_of(folder)]
-    for entry in sorted(folder.iterdir()):
-        if (
-            entry.name in _NEVER
-            or entry.name.startswith(_TOKENS)
-            or entry in never
-            or (entry / "pyvenv.cfg").is_file()
-        ):
-            continue
-        if entry.is_dir():
-            real = entry.resolve()
-            if real not in trail and not _ignored(entry, rules, folder=True):
-                yield from _below(entry, rules, never, trail | {real})
-        elif entry.is_file() and entry.suffix != ".pyc" and not _ignored(entry, rules, folder=False):
-            yield entry
+def _walk(root: Path, never: set[Path], outside: list[Path]) -> Iterator[Path]:
+    top = root.resolve()
+
+    def below(folder: Path, above: Sequence[_Rules], trail: set[Path]) -> Iterator[Path]:
+        """The files below a folder; links are followed, but for those that lead back up or out."""
+        rules = [*above, *_rules_of(folder)]
+        for entry in sorted(folder.iterdir()):
+            folders = entry.is_dir()
+            if _never_sent(entry) or entry in never or not (folders or entry.is_file()):
+                continue
+            word, real = _word(entry, rules, folder=folders), entry.resolve()
+            if word or real in trail or entry.suffix == ".pyc":
+                continue
+            if entry.is_symlink() and word is None and not real.is_relative_to(top):
+                outside.append(entry)
+            elif folders:
+                yield from below(entry, rules, trail | {real})
+            else:
+                yield entry
+
+    yield from below(root, _rules_of_root(root), {top})
+
+
+def _never_sent(entry: Path) -> bool:
+    name = entry.name
+    return name in _NEVER or name.startswith(_TOKENS) or (entry / "pyvenv.cfg").is_file()
 
 
 class _Rules:
@@ -155,10 +190,10 @@ class _Rules:
         return self._spec.check_file(f"{name}/" if folder else name).include
 
 
-def _ignored(path: Path, rules: Sequence[_Rules], *, folder: bool) -> bool:
-    """What the nearest file says, as in git."""
+def _word(path: Path, rules: Sequence[_Rules], *, folder: bool) -> bool | None:
+    """Whether it is ignored, as the nearest file says that has a word on it, as in git."""
     words = (each.say(path, folder=folder) for each in reversed(rules))
-    return next((word for word in words if word is not None), False)
+    return next((word for word in words if word is not None), None)
 
 
 def _rules_of(folder: Path) -> Iterator[_Rules]:

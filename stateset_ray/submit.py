@@ -22,7 +22,7 @@ from typing import Any, Literal
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, ConfigError
 from stateset_ray.job_client import JobClient
-from stateset_ray.packing import Package, collect, write_archive
+from stateset_ray.packing import Package, collect, left_out, write_archive
 
 __all__ = ["GRACE", "Order", "Outcome", "environment_variables", "order", "submit"]
 
@@ -211,8 +211,16 @@ def _check_sent(package: Package, file: Path, what: str) -> None:
             f"{what} lies outside of the folder that is sent, {package.root}", given=str(file),
             mend="name a folder that holds it with --working-dir",
         )  # fmt: skip
-    if file.relative_to(package.root) not in package.files:
+    name = file.relative_to(package.root)
+    if name in package.files:
+        return
+    found, may_come = left_out(package.root, file) or (name, False)
+    if may_come:
+        again = f"!/{found.as_posix()}" + ("" if found == name else "/")
         raise ConfigError(
-            f"{what} is not sent: a .gitignore, a .rayignore or its place leaves it out", given=str(file),
-            mend=f"add !{file.name} to .rayignore, or move it",
+            f"{what} is not sent: a .gitignore or a .rayignore leaves {found} out", given=str(file),
+            mend=f"add {again} to {package.root / '.rayignore'}, or move it",
         )  # fmt: skip
+    raise ConfigError(
+        f"{what} is not sent: nothing that lies in such a place is ({found})", given=str(file), mend="move it"
+    )

@@ -113,10 +113,26 @@ def test_without_a_repository_nothing_above_has_a_word(tmp_path: Path) -> None:
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     make(tmp_path, "shared/env.py", "project/config.toml")
+    make(tmp_path, "project/inside/more.py")
     (tmp_path / "project" / "lib").symlink_to(tmp_path / "shared")
+    (tmp_path / "project" / "again").symlink_to("inside")
     (tmp_path / "project" / "up").symlink_to(tmp_path / "project")
     (tmp_path / "project" / "gone").symlink_to(tmp_path / "nowhere")
-    assert sent(tmp_path / "project") == {"config.toml", "lib/env.py"}
+    (tmp_path / "project" / ".rayignore").write_text("!/lib\n")
+    found = sent(tmp_path / "project") - {".rayignore"}
+    assert found == {"config.toml", "lib/env.py", "inside/more.py", "again/more.py"}
+
+
+def test_links_that_lead_out_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
+    make(tmp_path, "keys/id_rsa", "project/config.toml", "project/sub/x.py")
+    (tmp_path / "project" / "home").symlink_to(tmp_path / "keys")
+    (tmp_path / "project" / "sub" / "key").symlink_to(tmp_path / "keys" / "id_rsa")
+    with pytest.raises(ConfigError, match="2 links lead out of the folder") as caught:
+        collect(tmp_path / "project")
+    assert f"- home -> {tmp_path}/keys" in caught.value.problem
+    assert f"- sub/key -> {tmp_path}/keys/id_rsa" in caught.value.problem
+    (tmp_path / "project" / ".rayignore").write_text("/home\n!/sub/key\n")
+    assert sent(tmp_path / "project") == {".rayignore", "config.toml", "sub/key", "sub/x.py"}
 
 
 def test_too_much_is_refused_and_the_largest_are_named(tmp_path: Path) -> None:

@@ -118,9 +118,23 @@ def test_a_run_that_would_leave_nothing_is_refused(project: Path) -> None:
 
 @pytest.mark.parametrize("ignored", ["*.toml\n", "agents/\n", "agent_*.py\n"])
 def test_what_the_job_would_look_for_in_vain_is_refused(project: Path, ignored: str) -> None:
+    """And the mend that is named mends it."""
     (project / ".gitignore").write_text(ignored)
-    with pytest.raises(ConfigError, match=r"is not sent: a \.gitignore"):
+    with pytest.raises(ConfigError, match=r"is not sent: a \.gitignore") as caught:
         ordered(project)
+    line = caught.value.mend.split()[1]
+    (project / ".rayignore").write_text(f"{line}\n")
+    ordered(project)
+
+
+def test_what_lies_where_nothing_is_sent_must_move(project: Path) -> None:
+    (project / "agents").rename(project / "node_modules")
+    path = load_config(project / "configs" / "small.toml").environment.path.replace(
+        "agents.", "node_modules."
+    )
+    with pytest.raises(ConfigError, match=r"nothing that lies in such a place is \(node_modules\)") as caught:
+        ordered(project, f'environment.path="{path}"')
+    assert caught.value.mend == "move it"
 
 
 def test_what_lies_outside_of_the_folder_is_refused(project: Path) -> None:
