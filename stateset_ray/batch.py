@@ -42,7 +42,10 @@ from stateset_ray.manifest import MANIFEST
 from stateset_ray.models import check_fits, load_tokenizer, local_folder
 from stateset_ray.policies.renderer import Renderer
 
-__all__ = ["OnProgress", "batch"]
+__all__ = ["PASSING", "OnProgress", "batch"]
+
+PASSING = frozenset(("died", "infrastructure_error", "timeout"))
+"""Kinds of errors of which the row itself need not be the cause."""
 
 OnProgress = Callable[[int, int], None]
 """Told how many rows are finished, and how many there are."""
@@ -54,7 +57,7 @@ _FIRST_ERRORS = 3
 
 def batch(
     config: Config, source: str, output: str | Path, mode: Mode, *, replicas: int = 0,
-    on_progress: OnProgress = lambda done, rows: None,
+    retry_errors: bool = False, on_progress: OnProgress = lambda done, rows: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate replies, score given ones, or play tasks, for every row of a data set.
 
@@ -65,6 +68,7 @@ def batch(
         output: a folder that all nodes see; what an earlier run has finished there is not done again.
         mode: what to do.
         replicas: how many workers there may be at once; 0: `rollout.engines` or `rollout.workers`.
+        retry_errors: do the rows again that ended with an error which may pass: `PASSING`.
 
     Returns:
         What `summary.json` in `output` holds: `rows` = `done` + all `errors`, by kind; `before`, those of
@@ -81,6 +85,8 @@ def batch(
     Renderer(load_tokenizer(config.model.name))  # a chat template it refuses, every worker would refuse
     local_folder(config.model.name)  # built once here, not by every actor at the same time
     with Output.opened(output, _asked(config, mode)) as out:
+        if retry_errors:
+            out.forget(PASSING)
         finished = {row["id"] for row in out.rows()}
         pending = [id for id in data.places if id not in finished]
         before = len(data.places) - len(pending)

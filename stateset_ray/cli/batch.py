@@ -35,6 +35,9 @@ def batch(
     score: Annotated[bool, typer.Option("--score", help="Score the replies that rows hold.")] = False,
     play: Annotated[bool, typer.Option("--play", help="Play every row's task, as evaluate does.")] = False,
     replicas: Annotated[int, typer.Option(min=0, help="Models at once; 0: as many as a run would have.")] = 0,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Redo rows that died, timed out or met a failing engine.")
+    ] = False,
     set_: Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -63,7 +66,10 @@ def batch(
         # Actors may print; with --json, standard output holds the result and nothing else.
         with redirect_stdout(sys.stderr) if as_json else nullcontext(), moving:
             mode: Mode = chosen[0] if chosen else "generate"
-            result = work(settings, source, output, mode, replicas=replicas, on_progress=progress)
+            result = work(
+                settings, source, output, mode,
+                replicas=replicas, retry_errors=retry_errors, on_progress=progress,
+            )  # fmt: skip
         if as_json:
             typer.echo(json.dumps(result))
         else:

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,24 @@ class Output:
                 for line in lines:
                     yield _finished(line, path)
 
+    def forget(self, kinds: Collection[str]) -> int:
+        """Take back every row that ended with an error of these kinds; returns how many.
+
+        Raises:
+            RunError: a shard was damaged, or cannot be written.
+        """
+        taken = 0
+        for match, path in _shards(self.folder):
+            rows = self.shard(int(match[1])).rows() or []
+            stay = [row for row in rows if row.get("error", {}).get("kind") not in kinds]
+            if len(stay) < len(rows):
+                taken += len(rows) - len(stay)
+                if stay:
+                    self.shard(int(match[1])).write(stay)
+                else:
+                    path.unlink()
+        return taken
+
     def conclude(self, summary: Mapping[str, Any]) -> None:
         """Write what came of it."""
         beside = self._writing / _SUMMARY
@@ -235,7 +253,7 @@ def _check_asked(folder: Path, asked: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(asked))
     path = folder / _ASKED
     if not path.is_file():
-        beside = folder / f".lock.{_ASKED}"
+        beside = folder / f".lock.{_ASKED}"  # what death leaves of it is passed over by `_check_ours`
         write_synced(beside, json.dumps(plain, indent=2).encode() + b"\n")
         os.replace(beside, path)
         return

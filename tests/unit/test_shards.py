@@ -12,6 +12,7 @@ import pytest
 
 from stateset_ray.actors.batch.results import Answers
 from stateset_ray.actors.batch.worker import BatchWorker, Piece
+from stateset_ray.batch import PASSING
 from stateset_ray.config import load_config
 from stateset_ray.dataset.files import scan
 from stateset_ray.dataset.rows import Row
@@ -33,6 +34,26 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         ".lock", "batch.json", "part-000003.jsonl", "summary.json"
     ]  # fmt: skip
+
+
+def test_errors_that_may_pass_are_taken_back_and_nothing_else(tmp_path: Path) -> None:
+    late, wrong = {"kind": "timeout", "message": "60 s"}, {"kind": "invalid", "message": "no JSON"}
+    shards = [
+        [{"id": 1}, {"id": 2, "error": late}, {"id": 3, "error": wrong}],
+        [{"id": 4, "error": late}],
+        [{"id": 5}],
+    ]
+    with Output.opened(tmp_path, ASKED) as out:
+        for number, rows in enumerate(shards):
+            out.shard(number).write(rows)
+        untouched = (tmp_path / "part-000002.jsonl").stat().st_ino
+    with Output.opened(tmp_path, ASKED) as out:
+        assert out.forget(PASSING) == 2
+        assert [row["id"] for row in out.rows()] == [1, 3, 5]
+        assert out.forget(PASSING) == 0
+        assert out.next_number() == 3
+    assert (tmp_path / "part-000002.jsonl").stat().st_ino == untouched
+    assert not (tmp_path / "part-000001.jsonl").exists()
 
 
 def test_what_a_killed_run_was_writing_goes_nowhere(tmp_path: Path) -> None:
