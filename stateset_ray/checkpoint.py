@@ -42,10 +42,10 @@ from stateset_ray.manifest import (
     encode,
     failpoint,
     peek,
+    replace_whole,
     seal,
     sync_folder,
     verify,
-    write_synced,
 )
 
 __all__ = [
@@ -223,13 +223,7 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _point(root: Path, name: str) -> None:
-    beside = root / f"{POINTER}.tmp-{uuid.uuid4().hex}"
-    try:
-        write_synced(beside, name.encode() + b"\n")
-        beside.replace(root / POINTER)
-    finally:
-        _remove(beside)
-    sync_folder(root)
+    replace_whole(root / POINTER, name.encode() + b"\n")
     failpoint("pointer_replaced")
 
 

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from stateset_ray.checkpoint import BEFORE, CANARY, PIN, pointed
 from stateset_ray.errors import CheckpointError, ConfigError
-from stateset_ray.manifest import verify
+from stateset_ray.manifest import replace_whole, verify
 
 __all__ = [
     "STEP", "answering", "falls_to", "pin", "pinned", "promote", "rollback", "start_canary", "tried",
@@ -234,6 +233,4 @@ def _read(path: Path) -> str | None:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    beside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    beside.replace(path)
+    replace_whole(path, "".join(f"{line}\n" for line in lines).encode())

@@ -192,7 +192,7 @@ def write_results(folder: Path, plan: Plan, outcomes: Sequence[Outcome]) -> Conf
             replace_whole(folder / "best.toml", config.to_toml().encode())
         curves = [Curve(o.values, o.curve, o.value, o is best) for o in outcomes]
         title = f"{folder.name}: {plan.metric} of {len(outcomes)} trials"
-        (folder / "sweep.svg").write_text(picture(plan.space, curves, plan.metric, title), encoding="utf-8")
+        replace_whole(folder / "sweep.svg", picture(plan.space, curves, plan.metric, title).encode())
     except OSError as error:
         raise RunError(f"the results cannot be written: {error.strerror}", given=str(folder)) from error
     return config
