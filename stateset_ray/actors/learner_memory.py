@@ -228,20 +228,22 @@ def _block(config: Config, model: ModelShape, tokens: int) -> int:
 def _passing(config: Config, model: ModelShape, tokens: int) -> int:
     """Bytes that pass between the activations of blocks with adapters, and leave holes there.
 
-    An adapted layer makes four tensors of its output's size: what the layer gives, what its adapter adds, the
-    same scaled, and their sum, which alone is kept. All engines allocate and free the same here, to the byte;
-    of how many there are holes when the peak comes is fitted, as `_HOLES` is:
+    An adapted layer makes two tensors of its output's size: what the layer says, and the same with what its
+    adapter adds, which alone is kept. All engines allocate and free the same here, to the byte; how many such
+    outputs of every layer lie in holes when the peak comes is fitted, as `_HOLES` is:
 
-        2   with checkpointing: the adapter's two lie side by side, and become one hole when both are free
-        3   without: activations that stay come to lie between them
-        4   without, under ZeRO 3: around every module its hooks leave autograd nodes until the backward
-            pass, small pieces that settle in the holes, also in those of norms and rotations
+        1/2   with checkpointing: most holes of a block are filled by the next
+        2     without: activations that stay come to lie between them
+        1/2   more under ZeRO 3: around every module its hooks leave autograd nodes until the backward pass,
+              small pieces that settle in the holes, also in those of norms and rotations
     """
+    if not model.rank:
+        return 0
     learner = config.learner
     hooks = learner.engine == "deepspeed" and learner.zero_stage == 3
-    left = 0 if not model.rank else 2 if learner.gradient_checkpointing else 3 + hooks
+    left = (0.5 if learner.gradient_checkpointing else 2) + 0.5 * hooks
     outputs = 2 * model.hidden + model.queries + 2 * model.keys + 2 * model.inner
-    return left * model.layers * tokens * outputs * model.item
+    return int(left * model.layers * tokens * outputs * model.item)
 
 
 def _working(config: Config, model: ModelShape, tokens: int) -> int:

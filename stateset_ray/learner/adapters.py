@@ -52,6 +52,9 @@ class Adapters:
         self._scale = config.alpha / config.rank
         # The name of the weight that it adapts -> the module around that weight.
         self._layers: dict[str, Any] = {f"{name}.weight": model.get_submodule(name) for name in names}
+        for layer in self._layers.values():
+            layer.lora_B[_NAME] = _AddedTo(layer.lora_B[_NAME], self._scale)
+            layer.lora_variant[_NAME] = _AtOnce
         trained = {id(p) for name in self._layers for p in self.of(name)}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -79,6 +82,38 @@ class Adapters:
         finally:
             for layer in self._layers.values():
                 layer._disable_adapters = False
+
+
+class _AddedTo(nn.Module):
+    """B: adds what the adapter says to what the layer says, in one product.
+
+    PEFT multiplies, scales and adds, which makes three tensors of the output's size; two of them only pass.
+
+    Args:
+        b: PEFT's own, whose weight is taken over.
+        scale: alpha / rank.
+    """
+
+    def __init__(self, b: nn.Linear, scale: float) -> None:
+        super().__init__()
+        self.weight, self._scale = b.weight, scale
+
+    def forward(self, low: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """[..., rank] and [..., outputs] -> [..., outputs]."""
+        said = result.to(self.weight.dtype)  # adapters are float32 beside bfloat16 weights
+        flat = torch.addmm(said.flatten(0, -2), low.flatten(0, -2), self.weight.T, alpha=self._scale)
+        return flat.view_as(result)
+
+
+class _AtOnce:
+    """How PEFT is told of another way to compute an adapter (`peft.tuners.lora.layer.LoraVariant`)."""
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        added: torch.Tensor = module.lora_B[active_adapter](module.lora_A[active_adapter](x), result)
+        return added
 
 
 def _targets(model: Any, wanted: tuple[str, ...]) -> list[str]:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from stateset_ray.config import LearnerConfig, load_config
+from stateset_ray.config import LearnerConfig, LoraConfig, load_config
 from stateset_ray.errors import ConfigError, ModelError
+from stateset_ray.learner.adapters import Adapters
 from stateset_ray.learner.batch import pack
 from stateset_ray.learner.gradients import clip
 from stateset_ray.learner.policy_model import PolicyModel
@@ -460,6 +461,28 @@ def test_adapters_at_chosen_modules() -> None:
     assert trained == {
         "model.layers.1.mlp.up_proj", *(f"model.layers.{i}.self_attn.q_proj" for i in range(layers))
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_computes_its_formula(dtype: torch.dtype) -> None:
+    hardware = Hardware("cpu", dtype, 1)
+    adapters = Adapters(load_model("tiny", hardware), LoraConfig(rank=4, alpha=3))
+    layer = next(iter(adapters._layers.values()))
+    a, b = (p.requires_grad_() for p in (layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+    drawn = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(b, generator=drawn)
+    x = torch.randn(2, 5, a.shape[1], generator=drawn).to(dtype).requires_grad_()
+    upstream = torch.randn(2, 5, b.shape[0], generator=drawn).to(dtype)
+    y = layer(x)
+    found = torch.autograd.grad(y, (x, a, b), upstream)
+    w, a64, b64, x64 = (t.detach().double().requires_grad_() for t in (layer.base_layer.weight, a, b, x))
+    y64 = x64 @ w.T + 3 / 4 * (x64 @ a64.T @ b64.T)
+    expected = torch.autograd.grad(y64, (x64, a64, b64), upstream.double())
+    near = 1e-5 if dtype == torch.float32 else 0.03
+    for ours, formula in zip((y.detach(), *found), (y64.detach(), *expected), strict=True):
+        assert float((ours.double() - formula).abs().max()) < near * float(formula.abs().max())
+    with adapters.off():
+        assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_adapters_begin_alike_whatever_was_drawn_before() -> None:

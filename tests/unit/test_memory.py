@@ -154,10 +154,10 @@ def test_what_adapters_add_passes_and_leaves_holes() -> None:
     width = sum(
         m.out_features for n, m in policy.backbone.layers[0].named_modules() if n.endswith("base_layer")
     )
-    assert outputs("learner.gradient_checkpointing=true") == 2
-    assert outputs() == outputs("learner.engine=deepspeed", "learner.zero_stage=1") == 3
+    assert outputs("learner.gradient_checkpointing=true") == 0.5
+    assert outputs() == outputs("learner.engine=deepspeed", "learner.zero_stage=1") == 2
     # ZeRO 3's hooks leave small pieces between the tensors, so that their holes do not become one.
-    assert outputs("learner.engine=deepspeed", "learner.zero_stage=3") == 4
+    assert outputs("learner.engine=deepspeed", "learner.zero_stage=3") == 2.5
 
 
 def test_gradients_of_the_only_micro_batch_come_while_its_activations_go() -> None:
@@ -230,13 +230,13 @@ def test_the_prediction_is_within_a_fifth_of_what_is_measured() -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "benchmarks.learner", "--memory", "--tokens", "256", "--budget", "1024",
-            "--engines", "torch,deepspeed-1,deepspeed-3", "--repeats", "1",
+            "--engines", "torch,deepspeed-1,deepspeed-2,deepspeed-3", "--repeats", "1",
         ],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
     errors = {row["settings"]: row["error"] for row in result["rows"]}
-    assert len(errors) == 17
+    assert len(errors) == 21
     assert "deepspeed-3, 1024 tokens, lora.rank 16" in errors  # once a fifth too low
     assert max(map(abs, errors.values())) <= 0.2, errors
