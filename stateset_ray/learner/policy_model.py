@@ -223,6 +223,8 @@ class TokenScores(nn.Module):
         self, hidden_CH: torch.Tensor, ids_C: torch.Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits_CV = self._between(self.lm_head(hidden_CH))
+        # What has a gradient comes first: a chunk is computed again only up to the last tensor that it saves.
+        logprobs_C = token_logprobs(logits_CV, ids_C, temperature)
         if entropy_gradient and torch.is_grad_enabled():
             entropies_C = _entropies(logits_CV, temperature)
         else:
@@ -230,7 +232,7 @@ class TokenScores(nn.Module):
                 entropies_C = torch.cat(
                     [_entropies(rows, temperature) for rows in logits_CV.split(_ENTROPY_ROWS)]
                 )
-        return token_logprobs(logits_CV, ids_C, temperature), entropies_C
+        return logprobs_C, entropies_C
 
 
 def _entropies(logits_CV: torch.Tensor, temperature: float) -> torch.Tensor:

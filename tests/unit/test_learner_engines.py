@@ -17,6 +17,7 @@ import torch
 
 from stateset_ray.config import LearnerConfig, LoraConfig, load_config
 from stateset_ray.errors import ConfigError, ModelError
+from stateset_ray.learner import policy_model
 from stateset_ray.learner.adapters import Adapters
 from stateset_ray.learner.batch import pack
 from stateset_ray.learner.gradients import clip
@@ -461,6 +462,23 @@ def test_adapters_at_chosen_modules() -> None:
     assert trained == {
         "model.layers.1.mlp.up_proj", *(f"model.layers.{i}.self_attn.q_proj" for i in range(layers))
     }  # fmt: skip
+
+
+def test_an_entropy_without_gradient_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    real = policy_model._entropies
+
+    def counted(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        rows.append(len(logits))
+        return real(logits, temperature)
+
+    monkeypatch.setattr(policy_model, "_entropies", counted)
+    scores = policy_model.TokenScores(torch.nn.Linear(4, 9, bias=False), lambda logits: logits, chunk=5)
+    hidden = torch.randn(12, 4, requires_grad=True)
+    logprobs, entropies = scores(hidden, torch.arange(12) % 9, 1.0, False)
+    logprobs.sum().backward()  # computes each chunk again, but what no gradient needs
+    assert sum(rows) == len(entropies) == 12
+    assert hidden.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
