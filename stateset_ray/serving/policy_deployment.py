@@ -11,6 +11,9 @@ from stateset_ray.serving.settings import ServeSettings
 
 __all__ = ["policy_deployment"]
 
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+"""For the same reason as in an ingress; but tensors are large, and limits on them would cost time."""
+
 
 class _Policy(PolicyReplica):
     """What Serve builds; its constructor ends when the policy can answer."""
@@ -43,7 +46,11 @@ def policy_deployment(settings: ServeSettings) -> Any:
     return serve.deployment(
         _Policy,
         name="Policy",
-        ray_actor_options={"num_cpus": policy.cpus, "num_gpus": policy.gpus},
+        ray_actor_options={
+            "num_cpus": policy.cpus,
+            "num_gpus": policy.gpus,
+            "runtime_env": {"env_vars": _ENVIRONMENT},
+        },
         max_ongoing_requests=policy.ongoing,
         max_queued_requests=policy.queued,
         max_surge_percent=policy.surge,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
@@ -21,7 +22,8 @@ from stateset_ray.serving.events import Ask, Event
 
 __all__ = ["Refusals", "RoomyPolicies"]
 
-_HOLDS = 0.5  # seconds for which a refusal tells anything: other ingress replicas may leave room at any time
+_TRY_AFTER = 0.5  # seconds after which some are let through: there may be room again, or more replicas
+_FORGOTTEN = 5.0  # seconds after which a refusal tells nothing any more
 _TELL_EVERY = 1.0  # seconds
 _log = logging.getLogger("ray.serve")
 
@@ -37,12 +39,24 @@ class RoomyPolicies:
     def __init__(self, policies: Policies, clock: Callable[[], float] = time.monotonic) -> None:
         self._policies = policies
         self._clock = clock
-        self._under_way = self._full_at = 0
-        self._until = float("-inf")
+        self._under_way = 0
+        self._fit = math.inf  # questions that may be under way, as far as is known
+        self._tries = 1  # let through at the next try; twice as many each time, until one is refused
+        self._next_try = self._forget = math.inf
 
     def full(self) -> bool:
-        """Whether one more question would be refused, as far as the last refusal tells."""
-        return self._under_way >= self._full_at and self._clock() < self._until
+        """Whether one more question would be refused, as far as the last refusals tell."""
+        now = self._clock()
+        if now >= self._forget:
+            self._fit, self._forget = math.inf, math.inf
+        if self._under_way < self._fit:
+            return False
+        if now < self._next_try:
+            return True
+        # Counted and not timed: where the event loop is late, half a second may be one turn of it.
+        self._fit, self._next_try = self._under_way + self._tries, now + _TRY_AFTER
+        self._tries *= 2
+        return False
 
     async def ask(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
         """See `Policies.ask`."""
@@ -58,7 +72,8 @@ class RoomyPolicies:
         finally:
             self._under_way -= 1
             if busy:  # of many that are refused together the last one has the number that fits
-                self._full_at, self._until = self._under_way, self._clock() + _HOLDS
+                self._fit, self._tries, now = self._under_way, 1, self._clock()
+                self._next_try, self._forget = now + _TRY_AFTER, now + _FORGOTTEN
 
     async def status(self) -> dict[str, Any]:
         """See `Policies.status`."""

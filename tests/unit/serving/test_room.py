@@ -105,13 +105,38 @@ async def test_one_place_that_is_free_again_is_enough(time_now):
 
 
 @in_loop
-async def test_what_a_refusal_told_is_soon_forgotten(time_now):
+async def test_what_a_refusal_told_is_tried_again_and_then_forgotten(time_now):
     places = Places(1)
     roomy = RoomyPolicies(places, lambda: time_now[0])
     asking = await storm(roomy, 3)
     assert roomy.full()
-    time_now[0] += 0.51
-    assert not roomy.full(), "another ingress may have left room, or a replica may have come"
+    places.places = 100  # replicas have come; nobody says so
+    admitted = []
+    for _ in range(5):
+        time_now[0] += 0.51
+        admitted.append(0)
+        while not roomy.full():
+            asking += await storm(roomy, 1)
+            admitted[-1] += 1
+    assert admitted == [1, 2, 4, 8, 16], "twice as many each time that none is refused"
+    time_now[0] += 5.1
+    asking += await storm(roomy, 60)
+    assert not roomy.full()
+    places.leave.set()
+    await asyncio.gather(*asking)
+
+
+@in_loop
+async def test_one_try_at_a_time_while_it_stays_full(time_now):
+    places = Places(1)
+    roomy = RoomyPolicies(places, lambda: time_now[0])
+    asking = await storm(roomy, 3)
+    for _ in range(20):
+        time_now[0] += 0.51
+        assert not roomy.full()
+        asking += await storm(roomy, 1)
+        assert roomy.full(), "it was refused"
+    assert places.asked == 3 + 20
     places.leave.set()
     await asyncio.gather(*asking)
 
