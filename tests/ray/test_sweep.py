@@ -57,7 +57,18 @@ POPULATION = """
 
 def test_a_population_learns_with_what_was_perturbed(tmp_path: Path) -> None:
     """Four trials in the room of two; the worst takes over from the best, and varies what it brought."""
-    plan = planned(tmp_path, POPULATION, ENGINE, "train.steps=2")
+    check_population(tmp_path, ENGINE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_population_of_deepspeed_ranks_learns_with_what_was_perturbed(tmp_path: Path) -> None:
+    """Its optimizer keeps values of its own, which a checkpoint brings along: each of two ranks is asked."""
+    check_population(tmp_path, "learner.engine=deepspeed", "learner.ranks=2")
+
+
+def check_population(tmp_path: Path, *overrides: str) -> None:
+    plan = planned(tmp_path, POPULATION, *overrides, "train.steps=2")
     swept = sweep(plan, name="pbt")
 
     assert [outcome.status for outcome in swept.outcomes] == ["finished"] * 4
