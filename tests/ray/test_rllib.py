@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from guessing import Letters
-from playground import gone, small
+from playground import Playground, gone, on_fifo, small
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from stateset_ray.config import Config
-from stateset_ray.errors import CheckpointError, ConfigError, RunError
+from stateset_ray.errors import CheckpointError, ConfigError, LearnerLost, RunError
 from stateset_ray.metrics import JsonLines
 from stateset_ray.rllib import GRPO, GRPOConfig
 from stateset_ray.train import train
@@ -280,3 +282,81 @@ def test_the_example_runs(example: Any, tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_example_learns(example: Any, tmp_path: Path) -> None:
     found = example(["--runs", str(tmp_path)])
     assert found["last"] > found["first"] + 0.3
+
+
+PLAYGROUND = 'environment.path="playground:Playground"'
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(540)
+def test_a_rank_that_dies_in_a_step_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    """Killed while the second step's conversations are played: built anew, and the step is taken again."""
+    settings = (PLAYGROUND, "train.steps=3", "train.checkpoint_every=1", "learner.engine=torch")
+    train(small(tmp_path / "plain", *settings))
+    folder, fifo = tmp_path / "rllib", tmp_path / "fifo"
+    folder.mkdir()
+    Playground.plan = {3: {"fault": "knock", "fifo": str(fifo)}}
+    algo = configured(small(folder, *settings), folder).build_algo()
+    try:
+        before = list(algo._run.learners.pids)
+        with on_fifo(fifo, lambda _: os.kill(before[0], signal.SIGKILL)):
+            results = [algo.train() for _ in range(3)]
+        assert algo._run.learners.restarts == 1
+        assert algo._run.learners.pids != before
+        last = weights(inner(algo.save_to_path()))
+    finally:
+        Playground.plan = {}
+        algo.stop()
+    assert [result["training_iteration"] for result in results] == [1, 2, 3]
+    assert [result["done"] for result in results] == [False, False, True]
+    records = JsonLines(tmp_path / "plain/run/metrics.jsonl").read()
+    for record, result in zip(records, results, strict=True):
+        assert result["grpo"]["reward_mean"] == record["reward_mean"]
+        assert result["learners"]["default_policy"]["total_loss"] == record["loss"]
+    assert last == weights(tmp_path / "plain/run/checkpoints/step-00000003")
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_once_too_often_ends_the_iteration_with_the_reason(tmp_path: Path) -> None:
+    settings = (PLAYGROUND, "train.steps=2", "learner.restarts=0", "learner.engine=torch")
+    Playground.plan = {1: {"fault": "knock", "fifo": str(tmp_path / "fifo")}}
+    algo = configured(small(tmp_path, *settings), tmp_path).build_algo()
+    try:
+        [rank] = algo._run.learners.pids
+        with (
+            on_fifo(tmp_path / "fifo", lambda _: os.kill(rank, signal.SIGKILL)),
+            pytest.raises(LearnerLost, match="a learner rank"),
+        ):
+            algo.train()
+    finally:
+        Playground.plan = {}
+        algo.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(540)
+def test_rollouts_run_ahead_under_rllib_as_in_train_async(tmp_path: Path) -> None:
+    """Which turn gets which weights depends on who is faster: no two such runs are equal bit for bit."""
+    settings = ("train.steps=4", "train.max_staleness=1", "run.log_trajectories=2", "learner.engine=torch")
+    algo = configured(small(tmp_path, *settings), tmp_path).build_algo()
+    try:
+        results = [algo.train() for _ in range(2)]
+        saved = algo.save_to_path(tmp_path / "saved")
+        results += [algo.train() for _ in range(2)]
+        folder = algo.folder
+        algo.restore_from_path(saved)
+        again = [algo.train() for _ in range(2)]
+    finally:
+        algo.stop()
+    stale = [result["grpo"]["staleness"]["max"] for result in [*results, *again]]
+    assert (stale[0], stale[1]) == (0, 1), "the second step was begun with the weights of the first"
+    assert all(value in (0, 1) for value in stale)
+    assert [result["training_iteration"] for result in again] == [3, 4]
+    for result in [*results, *again]:
+        counts = result["grpo"]["trajectories"]
+        # RLlib leaves out what is empty.
+        lost = sum(sum(counts.get(name, {}).values()) for name in ("dropped", "aborted"))
+        assert counts["dispatched"] == counts["trained"] + counts["filtered"] + lost
+        assert result["env_runners"]["num_episodes"] == 8
+    log = JsonLines(folder / "trajectories.jsonl").read()
+    assert [line["trajectory"]["task"]["id"] for line in log] == [f"train-{i}" for i in range(8)]
