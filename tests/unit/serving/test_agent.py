@@ -515,7 +515,8 @@ def test_half_of_a_call_is_not_carried_out(meters):
     ],
 )
 def test_an_error_after_a_call_is_told_beside_it(meters, replies, code):
-    events = play(scripted(*replies), tools(Bench(), meters), turns=3, seconds=0.2)
+    seconds = 0.2 if code == "deadline_exceeded" else 20
+    events = play(scripted(*replies), tools(Bench(), meters), turns=3, seconds=seconds)
     assert isinstance(events[1], Stepped)
     assert isinstance(events[-2], Halted)
     assert events[-2].code == code

@@ -13,7 +13,7 @@ from stateset_ray.serving.room import RoomyPolicies
 from stateset_ray.serving.settings import RateSettings
 
 _WARM_UP, _REQUESTS = 100, 300
-_LEFT = _REQUESTS // 2  # objects: caches that were not full yet, and what a collection finds later
+_LEFT = _REQUESTS // 2  # of one kind: a cache may fill, but not by one for each request
 
 
 class Quick:
@@ -63,5 +63,5 @@ def test_requests_with_a_session_each_leave_nothing_behind(endpoint, meters, rec
             return counted() - before
 
     grown = asyncio.run(play())
-    assert grown.total() < _LEFT, grown.most_common(8)
+    assert max(grown.values()) < _LEFT, grown.most_common(8)
     assert len(recorders["requests"].counted) == 1, "the labels of metrics are a small closed set"
