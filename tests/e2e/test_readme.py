@@ -230,7 +230,7 @@ def test_the_run_folder_is_as_drawn() -> None:
     """By the names that the code writes."""
     [block] = blocks("text", "runs/demo/\n  config.toml")
     drawn = re.findall(r"^ +([\w.]+)(?= )", block.text, re.MULTILINE)
-    writers = ("actors/run.py", "actors/run_folder.py", "checkpoint.py")
+    writers = ("actors/journal.py", "actors/run_folder.py", "committed.py", "checkpoint.py")
     sources = [(ROOT / "stateset_ray" / f).read_text(encoding="utf-8") for f in writers]
     assert drawn == ["config.toml", "metrics.jsonl", "trajectories.jsonl", "summary.json", "latest"]
     assert [name for name in drawn if not any(f'"{name}"' in source for source in sources)] == []
