@@ -59,4 +59,7 @@ class Journal:
         try:
             replace_whole(target, json.dumps(facts, indent=2).encode() + b"\n")
         except OSError as error:
-            raise RunError(f"summary.json cannot be written: {error}", given=str(target)) from error
+            raise RunError(
+                f"summary.json cannot be written: {error}", given=str(target),
+                mend="make room there, or let this user write there; the checkpoints of the run are whole",
+            ) from error  # fmt: skip

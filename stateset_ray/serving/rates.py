@@ -72,7 +72,9 @@ class Rates:
             except StorageError as error:
                 self._not_before = self._clock() + _REDIS_AGAIN
                 kind = type(error.storage_error).__name__
-                _log.error("rates are counted in each ingress: Redis does not answer (%s)", kind)
+                _log.error(
+                    "rates are counted in each ingress: Redis does not answer (%s); see rates.storage", kind
+                )
         await self._counted(self._own, caller)
 
     async def _counted(self, limiter: MovingWindowRateLimiter, caller: str) -> None:
