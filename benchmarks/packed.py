@@ -51,7 +51,7 @@ def main() -> None:
 def measure(model: str, rows: list[int], repeats: int) -> list[dict[str, Any]]:
     """Milliseconds of every linear layer of a model, the output layer included, once each."""
     plain = _layers(model)
-    packed = [PackedLinear(layer) for layer in plain]
+    packed = [PackedLinear([layer]) for layer in plain]
     results = []
     for count in rows:
         inputs = {layer.in_features: torch.randn(count, layer.in_features) for layer in plain}

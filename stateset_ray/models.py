@@ -3,7 +3,8 @@
 Every model is driven *ragged*: the tokens of many conversations lie end to end in one row of shape
 [1, N], so that linear layers never see padding, and a `Rows` object tells the attention which tokens
 belong together. The inference engine (with KV cache) and the learner (without) each bring their own
-`Rows`; the model code is Hugging Face's, unchanged.
+`Rows`; the model code is Hugging Face's, unchanged (an engine on a CPU puts faster layers into it,
+`policies.fused_layer`).
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ import torch
 from stateset_ray.errors import InfrastructureFault, ModelError
 from stateset_ray.models import Hardware
 from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest, check_fits
+from stateset_ray.policies.inference_weights import InferenceWeights
 from stateset_ray.policies.kv_cache import CachedRows, Ids, KVCache, Slot, common_prefix
 from stateset_ray.policies.nucleus import Sampled, likeliest, nucleus
-from stateset_ray.policies.packed_linear import InferenceWeights
 
 __all__ = ["TransformersEngine"]
 
@@ -61,7 +61,7 @@ class TransformersEngine:
 
     Args:
         model: from `stateset_ray.models.load_model`. The engine takes it over and changes it
-            (`packed_linear`): nobody else may use it.
+            (`inference_weights`): nobody else may use it.
         stop_ids: tokens that end a reply.
         slots: conversations whose cache is kept at once.
         max_context: tokens per conversation.

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateset_ray.models import Hardware, TreeRows, state_tensors
-from stateset_ray.policies import packed_linear
-from stateset_ray.policies.packed_linear import InferenceWeights, PackedLinear, usable
+from stateset_ray.models import ATTENTION, Hardware, TreeRows, state_tensors
+from stateset_ray.policies import inference_weights
+from stateset_ray.policies.fused_layer import FusedLayer, fusible
+from stateset_ray.policies.inference_weights import InferenceWeights
+from stateset_ray.policies.packed_linear import PackedLinear, usable
 
 needs_operators = pytest.mark.skipif(not usable(), reason="this build of PyTorch cannot pack weights")
 
@@ -19,6 +21,7 @@ def test_the_private_operators_that_it_leans_on_are_there():
     assert usable()
     assert hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     assert hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert "binary" in torch.ops.mkldnn._linear_pointwise.overloads()
 
 
 @needs_operators
@@ -30,13 +33,17 @@ def test_the_private_operators_that_it_leans_on_are_there():
 def test_it_multiplies_as_a_plain_layer_does_and_a_row_alike_in_every_batch(rows, shape, biased, seed):
     torch.manual_seed(seed)
     linear = torch.nn.Linear(shape[1], shape[0], bias=biased)
-    packed = PackedLinear(linear)
+    packed = PackedLinear([linear])
     given_rows = torch.randn(rows, shape[1])
+    plus = torch.randn(rows, shape[0])
     with torch.inference_mode():
-        whole = packed(given_rows[None])
-        torch.testing.assert_close(whole, linear(given_rows[None]), rtol=1e-5, atol=1e-5)
-        index = seed % rows
-        assert torch.equal(packed(given_rows[index : index + 1])[0], whole[0, index])
+        for added in (None, plus):
+            whole = packed(given_rows[None], added)
+            wanted = linear(given_rows[None]) + (0 if added is None else added)
+            torch.testing.assert_close(whole, wanted, rtol=1e-5, atol=1e-5)
+            one = slice(seed % rows, seed % rows + 1)
+            alone = packed(given_rows[one], None if added is None else added[one])
+            assert torch.equal(alone[0], whole[0, seed % rows])
 
 
 def _logits(model, ids):
@@ -45,6 +52,70 @@ def _logits(model, ids):
             input_ids=torch.tensor([ids]), position_ids=torch.arange(len(ids))[None],
             rows=TreeRows([(len(ids), -1)]), use_cache=False,
         ).logits  # fmt: skip
+
+
+_KINDS = {
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "llama with biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama with wide heads": ("LlamaConfig", {"head_dim": 32}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 1, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 24}),
+}  # fmt: skip
+
+
+def _model_of(kind, seed):
+    """A small one of random weights; `tiny` must have been loaded, which registers the attention."""
+    import transformers
+
+    name, options = _KINDS[kind]
+    config = getattr(transformers, name)(
+        vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, tie_word_embeddings=False, attn_implementation=ATTENTION, **options,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # norms of ones and biases of zeros would hide a mistake
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@needs_operators
+@pytest.mark.parametrize("kind", _KINDS)
+def test_fused_layers_compute_what_the_models_own_do_and_take_new_weights(kind, tiny, hardware):
+    model, other = _model_of(kind, 1), _model_of(kind, 2)
+    wanted, shapes = _logits(model, [5, 6, 7, 8, 9]), {n: t.shape for n, t in state_tensors(model).items()}
+    weights = InferenceWeights(model, hardware)
+    assert all(isinstance(layer, FusedLayer) for layer in model.model.layers)
+    assert weights.shapes == shapes
+    torch.testing.assert_close(_logits(model, [5, 6, 7, 8, 9]), wanted, rtol=1e-4, atol=1e-4)
+    weights.drop()
+    weights.load(state_tensors(other))
+    torch.testing.assert_close(
+        _logits(model, [5, 6, 7, 8, 9]), _logits(other, [5, 6, 7, 8, 9]), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(wanted, _logits(other, [5, 6, 7, 8, 9]), atol=1e-2)
+
+
+@needs_operators
+@pytest.mark.parametrize("why", ["gelu", "some biases", "a subclass of a linear layer", "another decoder"])
+def test_layers_that_compute_something_else_keep_their_own_code(why, tiny, hardware):
+    model = _model_of("llama", 1)
+    layer = model.model.layers[0]
+    if why == "gelu":
+        layer.mlp.act_fn = torch.nn.GELU()
+    elif why == "some biases":
+        layer.self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(64))
+    elif why == "another decoder":
+        layer.__class__ = type("GraniteDecoderLayer", (type(layer),), {})
+    else:
+        layer.self_attn.q_proj.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    assert not fusible(layer)
+    wanted = _logits(model, [5, 6, 7])
+    InferenceWeights(model, hardware)
+    assert isinstance(model.model.layers[1], FusedLayer) and model.model.layers[0] is layer
+    torch.testing.assert_close(_logits(model, [5, 6, 7]), wanted, rtol=1e-4, atol=1e-4)
 
 
 @needs_operators
@@ -101,7 +172,7 @@ def test_what_does_not_belong_is_named(tiny, hardware):
 def test_elsewhere_the_model_stays_as_it_is(tiny, hardware, monkeypatch, reason):
     model = copy.deepcopy(tiny)
     if reason == "build":
-        monkeypatch.setattr(packed_linear, "usable", lambda: False)
+        monkeypatch.setattr(inference_weights, "usable", lambda: False)
     else:
         model, hardware = model.bfloat16(), Hardware("cpu", torch.bfloat16, 1)
     weights = InferenceWeights(model, hardware)
