@@ -18,14 +18,16 @@ from benchmarks.serving_endpoint import Endpoint
 __all__ = ["soak", "theil_sen"]
 
 _EVERY = 2.0  # seconds between two samples
+_PERIODS = 12  # after the warm-up, at least; each at most a minute long
 _WARM_UP = 1 / 3  # of the time, which is left out: caches and pools fill
 
 
 def soak(endpoint: Endpoint, seconds: float) -> dict[str, Any]:
     """Four clients ask for so long, each request in a session of its own; a slope for each replica's process.
 
-    Slopes are Theil-Sen's, per minute, with a 95 % confidence interval, after the first third. Samples follow
-    each other, so that the interval is narrower than it would be for independent ones.
+    Slopes are Theil-Sen's, per minute, with a 95 % confidence interval, of the medians of periods of time,
+    after the first third. Samples a few seconds apart say nearly the same, and the interval of all of them
+    would be far too narrow; of the medians it may still be.
     """
     samples: dict[tuple[int, str], list[tuple[float, float, int, int]]] = defaultdict(list)
 
@@ -50,9 +52,18 @@ def soak(endpoint: Endpoint, seconds: float) -> dict[str, Any]:
 
 
 def _grown(rows: Sequence[tuple[float, float, int, int]]) -> dict[str, Any]:
-    kept = [row for row in rows if row[0] >= rows[0][0] + _WARM_UP * (rows[-1][0] - rows[0][0])]
+    lasted = rows[-1][0] - rows[0][0]
+    period = min(60.0, lasted * (1 - _WARM_UP) / _PERIODS)
+    parts: dict[int, list[tuple[float, float, int, int]]] = defaultdict(list)
+    for row in rows:
+        parts[int((row[0] - rows[0][0]) / period)].append(row)
+    every = [tuple(np.median(part, axis=0)) for part in parts.values()]
+    kept = [row for row in every if row[0] >= rows[0][0] + _WARM_UP * lasted]
     minutes = [(row[0] - kept[0][0]) / 60 for row in kept]
-    found: dict[str, Any] = {"samples": len(kept)}
+    found: dict[str, Any] = {
+        "samples": len(rows), "period_seconds": round(period, 1),
+        "rss_mib_by_period": [round(float(row[1]), 1) for row in every],
+    }  # fmt: skip
     for column, name in ((1, "rss_mib"), (2, "descriptors"), (3, "threads")):
         values = [float(row[column]) for row in kept]
         slope, low, high = theil_sen(minutes, values)
