@@ -53,7 +53,8 @@ import openai
 from benchmarks import machine
 from benchmarks.serving_clients import HI, Told, crowd, percentiles, summary
 from benchmarks.serving_endpoint import PATIENCE, Endpoint, endpoint
-from benchmarks.serving_load import affinity, disconnects, latency, overhead, overload
+from benchmarks.serving_load import affinity, disconnects, latency, overload
+from benchmarks.serving_overhead import overhead
 from benchmarks.serving_soak import soak
 from stateset_ray.metrics import versions
 

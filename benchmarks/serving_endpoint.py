@@ -38,7 +38,11 @@ __all__ = ["PATIENCE", "Endpoint", "endpoint", "free_port"]
 
 PATIENCE = 120.0  # seconds that anything may take
 _REPLICA = "ray::ServeReplica:policy:"
-_KINDS = {"Policy": f"{_REPLICA}Policy", "Ingress": f"{_REPLICA}Ingress", "proxy": "ray::ProxyActor"}
+_KINDS = {
+    "Policy": f"{_REPLICA}Policy", "Ingress": f"{_REPLICA}Ingress", "bare": "ray::ServeReplica:bare:",
+    "proxy": "ray::ProxyActor",
+}  # fmt: skip
+"""Of processes: how their names begin."""
 
 
 class Endpoint:

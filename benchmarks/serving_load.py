@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter
-from contextlib import aclosing
 from typing import Any
 
 from benchmarks.serving_clients import Client, Told, crowd, percentiles, summary
 from benchmarks.serving_endpoint import Endpoint
 
-__all__ = ["affinity", "disconnects", "latency", "overhead", "overload"]
+__all__ = ["affinity", "disconnects", "latency", "overload"]
 
 _SECONDS = 15.0  # of each measurement
 _CONVERSATIONS = 8
 _TURNS = 6
+_REPLY_TOKENS = 32
+_QUESTION_WORDS = 16
+_VOCABULARY = (
+    "please", "order", "the", "parcel", "was", "sent", "to", "an", "old", "address", "refund", "of", "my",
+    "bicycle", "within", "thirty", "days", "customer", "has", "paid", "by", "card", "and", "wants", "another",
+    "colour", "invoice", "number", "seven", "delivery", "on", "Monday", "not", "later", "than", "noon",
+)  # fmt: skip
 
 
 def latency(endpoint: Endpoint) -> dict[str, Any]:
@@ -27,66 +34,35 @@ def latency(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
-def overhead(endpoint: Endpoint) -> dict[str, Any]:
-    """The same greedy reply of 20 tokens from the engine directly and through the endpoint, one at a time."""
-    from stateset_ray.config import ModelConfig
-    from stateset_ray.models import choose_hardware
-    from stateset_ray.serving.events import Ask
-    from stateset_ray.serving.held_policy import load_policy
-    from stateset_ray.serving.source import Source
-    from stateset_ray.types import Message
-
-    hardware = choose_hardware(ModelConfig(threads=1, device="cpu"), gpus=0)
-    hardware.apply()
-    source = Source(str(endpoint.run))
-    context = source.config().rollout.max_context
-
-    async def direct() -> list[float]:
-        held = load_policy(source.first(), endpoint.settings, hardware, context, None)
-        seconds = []
-        for number in range(60):
-            begun = time.monotonic()
-            ask = Ask(str(number), "t", "", (Message("user", "hi"),), 20, 0.0, 1)
-            async with aclosing(held.answer(ask)) as answer:
-                async for _ in answer:
-                    pass
-            seconds.append(time.monotonic() - begun)
-        await held.engine.close()
-        return seconds
-
-    async def through(stream: bool) -> list[float]:
-        async with Client.of(endpoint) as client:
-            asked = [await client.ask(tokens=20, temperature=0, stream=stream) for _ in range(60)]
-        return [told.ended - told.begun for told, _ in asked]
-
-    found = {
-        "engine_ms": asyncio.run(direct()),
-        "endpoint_ms": asyncio.run(through(stream=False)),
-        "endpoint_streamed_ms": asyncio.run(through(stream=True)),
-    }
-    return {name: percentiles(seconds[10:]) for name, seconds in found.items()}  # the first ones warm up
-
-
 def affinity(endpoint: Endpoint) -> dict[str, Any]:
-    """Conversations that grow for some turns: time to the first token of each turn but the first."""
-    words = endpoint.context // 64  # that are said in each turn
+    """Conversations with an agent of a shop: time to the first token of each turn but the first.
+
+    All have the same instructions, and each a record of its own; then come turns of a short question and a
+    reply. Two at a time, eight in all; first with every conversation named, then without names.
+    """
+    instructions = _words(0, 0, endpoint.context // 10)
 
     async def talk(client: Client, number: int, session: str) -> list[float]:
-        said = [{"role": "user", "content": _words(number, 0, words)}]
+        said = [
+            {"role": "system", "content": instructions},
+            {"role": "user", "content": _words(number, 0, endpoint.context // 10)},
+        ]
         firsts = []
         for turn in range(1, _TURNS + 1):
-            told, text = await client.ask(said, tokens=8, session=session, seed=100 * number + turn)
+            told, text = await client.ask(
+                said, tokens=_REPLY_TOKENS, session=session, seed=100 * number + turn
+            )
             assert told.told == "answered", told.told
             if turn > 1 and told.first is not None:
                 firsts.append(told.first - told.begun)
             said += [
                 # A model of random weights may say nothing, or what no client may send back.
                 {"role": "assistant", "content": text.replace("\0", " ").strip() or "."},
-                {"role": "user", "content": _words(number, turn, words)},
+                {"role": "user", "content": _words(number, turn, _QUESTION_WORDS)},
             ]
         return firsts
 
-    async def all_of(named: bool, offset: int, count: int = _CONVERSATIONS) -> list[float]:
+    async def all_of(named: bool, offset: int, count: int) -> list[float]:
         firsts = []
         async with Client.of(endpoint) as client:
             for place in range(0, count, 2):  # two at a time
@@ -95,19 +71,37 @@ def affinity(endpoint: Endpoint) -> dict[str, Any]:
                 firsts += [first for each in found for first in each]
         return firsts
 
-    asyncio.run(all_of(True, 10_000, 2))  # warms up
+    def measured(named: bool, offset: int) -> dict[str, Any]:
+        before = _read_tokens(endpoint)
+        firsts = asyncio.run(all_of(named, offset, _CONVERSATIONS))
+        asked, computed = (now - then for now, then in zip(_read_tokens(endpoint), before, strict=True))
+        return {
+            "first_token_ms": percentiles(firsts),
+            "first_token_mean_ms": round(1000 * sum(firsts) / len(firsts), 1),
+            "prompt_tokens": asked,
+            "computed": round(computed / asked, 3),
+        }
+
+    asyncio.run(all_of(True, 10_000, 4))  # warms up: both replicas know the instructions
+    named, unnamed = measured(True, 1000), measured(False, 2000)
     return {
-        "conversations": _CONVERSATIONS,
-        "turns": _TURNS,
-        "words_each": words,
-        "named_first_token_ms": percentiles(asyncio.run(all_of(True, 0))),
-        "unnamed_first_token_ms": percentiles(asyncio.run(all_of(False, 1000))),
-    }
+        "replicas": endpoint.settings.policy.replicas,
+        "conversations": _CONVERSATIONS, "turns": _TURNS,
+        "named": named, "unnamed": unnamed,
+        "mean_ratio": round(unnamed["first_token_mean_ms"] / named["first_token_mean_ms"], 2),
+        "p50_ratio": round(unnamed["first_token_ms"][0] / named["first_token_ms"][0], 2),
+    }  # fmt: skip
+
+
+def _read_tokens(endpoint: Endpoint) -> tuple[int, int]:
+    """Tokens of prompts so far, and those of them that were computed."""
+    found = endpoint.replicas()
+    return sum(r["prompt_tokens"] for r in found), sum(r["prefill_tokens"] for r in found)
 
 
 def _words(number: int, turn: int, count: int) -> str:
     rng = random.Random(1000 * number + turn)
-    return " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(count))
+    return " ".join(rng.choices(_VOCABULARY, k=count))
 
 
 def overload(endpoint: Endpoint) -> dict[str, Any]:
@@ -122,7 +116,8 @@ def overload(endpoint: Endpoint) -> dict[str, Any]:
         peak = max(peak, len(good) / (max(t.ended for t in found) - min(t.begun for t in found)))
     used = endpoint.cpu_seconds()
     storm = asyncio.run(_arrivals(endpoint, 10 * peak, seconds))
-    used = {kind: round(seconds - used[kind], 1) for kind, seconds in endpoint.cpu_seconds().items()}
+    used = {kind: round(now - used[kind], 1) for kind, now in endpoint.cpu_seconds().items()}
+    lasted = max(t.ended for t in storm) - min(t.begun for t in storm)
     good = [t for t in storm if t.told == "answered"]
     goodput = len([t for t in good if t.ended <= min(t.begun for t in storm) + seconds]) / seconds
     after = asyncio.run(_arrivals(endpoint, peak / 4, 5.0))
@@ -133,8 +128,11 @@ def overload(endpoint: Endpoint) -> dict[str, Any]:
         "goodput_of_peak": round(goodput / peak, 3),
         "told": dict(Counter(t.told for t in storm)),
         "refused_without_retry_after": sum(t.told.startswith("429") and t.retry_after is None for t in storm),
-        "storm_seconds": round(max(t.ended for t in storm) - min(t.begun for t in storm), 1),
+        "storm_seconds": round(lasted, 1),
         "cpu_seconds": used,
+        "share_of_processors": {
+            kind: round(spent / lasted / (os.cpu_count() or 1), 3) for kind, spent in used.items()
+        },
         "admitted_ms": percentiles([t.ended - t.begun for t in good]),
         "refused_ms": percentiles([t.ended - t.begun for t in storm if t.told.startswith("429")]),
         "afterwards": summary(after),

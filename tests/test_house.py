@@ -95,12 +95,12 @@ LIBRARIES: dict[int | str, set[str]] = {
     "policies.vllm": {"vllm"},
     "rllib": {"gymnasium", "pyarrow", "pydantic"},
     "storage": {"fsspec"},
-    "serving": {"fastapi", "limits", "redis", "starlette", "yaml"},
+    "serving": {"fastapi", "grpc", "limits", "redis", "starlette", "yaml"},
     "sweep": {"optuna", "pydantic"},
 }
 """What a floor may import from outside, and what one file or package may besides."""
 
-IMPORTED_AS = {"pyyaml": "yaml"}
+IMPORTED_AS = {"grpcio": "grpc", "pyyaml": "yaml"}
 """Packages that are imported under another name."""
 
 Files = Mapping[str, str]

@@ -1,7 +1,8 @@
-"""`transformers serve` and this library's endpoint: the same model, questions and load, on the same machine.
+"""Other servers and this library's endpoint: the same model, questions and load, on the same machine.
 
     python -m benchmarks.peers.serving                            # on 2 cores about 8 minutes
     python -m benchmarks.peers.serving --clients 1 --requests 4   # a trial
+    python -m benchmarks.peers.serving --vllm-python .venv-vllm/bin/python   # with `vllm`: make vllm
 
 Prints one JSON object on stdout (`--output FILE`: into a file too) and what it is doing on stderr. Servers
 run one after the other, each in a process of its own that is started as its users start it, and each is asked
@@ -12,6 +13,7 @@ by the same client, OpenAI's: streams at temperature 0. Each begins with questio
 | `ours`         | `stateset-ray serve`, one ingress replica and one policy replica                      |
 | `plain`        | `transformers serve`, which generates for one request after the other                 |
 | `batching`     | `transformers serve --continuous-batching`                                            |
+| `vllm`         | `vllm serve`, of vLLM's CPU build; it takes part where `--vllm-python` says where it is |
 
 The same on all: weights, float32, threads, questions, most tokens of an answer. Tokens are counted by the
 model's tokenizer in the text that came, so that no server's own count is trusted.
@@ -48,15 +50,17 @@ import openai
 import psutil
 
 from benchmarks import machine
+from benchmarks.engine_sides import vllm_environment
 from benchmarks.serving_clients import percentiles
 from stateset_ray.metrics import versions
 from stateset_ray.models import load_tokenizer, local_folder
 
 __all__ = ["SIDES", "main"]
 
-SIDES = ("ours", "plain", "batching")
+SIDES = ("ours", "plain", "batching", "vllm")
 _TIMES = ("first_token_ms", "between_tokens_ms", "total_ms")
-_START = 240.0  # seconds until a server must answer
+_START = 400.0  # seconds until a server must answer; vLLM compiles the model before
+_CONTEXT = 1024  # tokens, where a server wants to know
 _WARM_UP = 3
 _THINGS = (
     "parcel", "invoice", "bicycle", "kettle", "passport", "garden", "engine", "violin", "harbour", "letter",
@@ -77,10 +81,11 @@ class _Answer:
 def main() -> None:
     """Measure, then print."""
     options = _options()
+    sides = [side for side in options.sides if side != "vllm" or options.vllm_python]
     started = machine.describe()
     found: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, list[_Answer]]] = {}
-    for side in options.sides:
+    for side in sides:
         print(f"{side}: starting", file=sys.stderr, flush=True)
         with _server(side, options) as (url, model):
             texts[side] = {}
@@ -116,24 +121,11 @@ def _server(side: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    folder = str(local_folder(options.model))
-    if side == "ours":
-        program = str(Path(sys.executable).with_name("stateset-ray"))
-        command = [program, "serve", options.model, "--port", str(port)]
-        for setting in (
-            "model_id=bench", "ingress_replicas=1", "policy.max_context=1024",
-            f"policy.threads={options.threads}", "rates.requests=1000000/minute", "rates.concurrent=1000",
-        ):  # fmt: skip
-            command += ["--set", setting]
-    else:
-        program = str(Path(sys.executable).with_name("transformers"))
-        command = [program, "serve", folder, "--port", str(port), "--host", "127.0.0.1"]
-        command += ["--device", "cpu", "--dtype", "float32"]
-        command += ["--continuous-batching"] if side == "batching" else []
+    command, model, env = _command(side, options, port)
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
         "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    model, url = "bench" if side == "ours" else folder, f"http://127.0.0.1:{port}/v1"
+    } | env  # fmt: skip
+    url = f"http://127.0.0.1:{port}/v1"
     log = (options.logs / f"{side}.log").open("w")
     process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -148,6 +140,31 @@ def _server(side: str, options: argparse.Namespace) -> Iterator[tuple[str, str]]
             process.kill()
         for child in psutil.wait_procs(children, timeout=30)[1]:
             child.kill()
+
+
+def _command(side: str, options: argparse.Namespace, port: int) -> tuple[list[str], str, dict[str, str]]:
+    """How a server is started, what it calls the model, and what its environment has beside ours."""
+    folder = str(local_folder(options.model))
+    where = ["--port", str(port), "--host", "127.0.0.1"]
+    if side == "ours":
+        program = str(Path(sys.executable).with_name("stateset-ray"))
+        command = [program, "serve", options.model, *where]
+        for setting in (
+            "model_id=bench", "ingress_replicas=1", f"policy.max_context={_CONTEXT}",
+            f"policy.threads={options.threads}", "rates.requests=1000000/minute", "rates.concurrent=1000",
+        ):  # fmt: skip
+            command += ["--set", setting]
+        return command, "bench", {}
+    if side == "vllm":
+        program = str(Path(options.vllm_python).absolute().with_name("vllm"))
+        command = [program, "serve", folder, *where, "--dtype", "float32", "--max-model-len", str(_CONTEXT)]
+        # Its server and its engine are two processes, as its users have them.
+        environment = vllm_environment(options.threads, range(options.threads))
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
+        return command, folder, environment
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", folder, *where, "--device", "cpu", "--dtype", "float32"]
+    return command + (["--continuous-batching"] if side == "batching" else []), folder, {}
 
 
 def _await(process: subprocess.Popen[bytes], url: str, model: str, log: Path) -> None:
@@ -244,6 +261,9 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument(
+        "--vllm-python", default="", help="an interpreter that has vLLM (make vllm makes one)"
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4], help="at a time")
     parser.add_argument("--requests", type=int, default=8, help="of each client")

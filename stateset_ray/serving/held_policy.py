@@ -69,7 +69,7 @@ class HeldPolicy:
     tokens: int = 0
     sampled: int = 0
     _answers: int = 0
-    _counted: int = 0
+    _counted: tuple[int, int] = (0, 0)
     _retired: bool = False
     _sessions: set[str] = field(default_factory=set)
     _renderers: dict[str, Renderer] = field(default_factory=dict)
@@ -79,10 +79,10 @@ class HeldPolicy:
         """Answers under way."""
         return self._answers
 
-    def uncounted(self) -> int:
-        """Tokens sampled since this was last asked, for metrics."""
-        new, self._counted = self.sampled - self._counted, self.sampled
-        return new
+    def uncounted(self) -> tuple[int, int]:
+        """Tokens sampled, and tokens of prompts computed, since this was last asked; for metrics."""
+        before, self._counted = self._counted, (self.sampled, self.engine.stats.prefill_tokens)
+        return self._counted[0] - before[0], self._counted[1] - before[1]
 
     async def probe(self, text: str) -> None:
         """Let it answer once, greedily, before it may answer anyone.

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import grpc  # comes with Ray Serve
 from ray import serve
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.context import _set_request_context
@@ -31,16 +32,20 @@ from stateset_ray.serving.security import KeyRing
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.transcript_log import SampledPolicies, TranscriptLog
 
-__all__ = ["Ingress", "ServePolicies", "drained", "ingress_deployment"]
+__all__ = ["INGRESS_ENVIRONMENT", "Ingress", "ServePolicies", "drained", "ingress_deployment"]
 
 _STATUS_SECONDS = 10.0
-_ENVIRONMENT = {
+INGRESS_ENVIRONMENT = {
+    # One event loop less for every piece of an answer to pass through.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # Thousands of short requests in dozens of threads leave glibc with ever more memory that is free, but in
     # pieces. One arena and limits that do not grow keep it together; the threads take turns anyway.
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
+_GONE = (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+"""What the end of a replica looks like over gRPC."""
 _DRAIN_LOOK = 0.1  # seconds between two looks at what is still under way
 
 
@@ -64,11 +69,16 @@ class ServePolicies:
             _set_request_context(_internal_request_id=ask.id)
         # A session does not travel over the second hop by itself.
         options = {"session_id": ask.session} if ask.session else {}
-        response = self._handle.options(method_name="answer", stream=True, **options).remote(ask)
+        # Pieces of an answer come over a gRPC stream: as objects of Ray's each of them takes twice as long.
+        response = self._handle.options(
+            method_name="answer", stream=True, _by_reference=False, **options
+        ).remote(ask)
         try:
             async for events in response:
                 yield events
-        except (asyncio.CancelledError, GeneratorExit):
+        except (asyncio.CancelledError, GeneratorExit) as error:
+            if isinstance(error, asyncio.CancelledError) and not _being_cancelled():
+                raise PolicyLost from error  # it is the replica's own, which has come over the stream
             with suppress(Exception):  # it may have failed by itself in the meantime, which `cancel` raises
                 response.cancel()
             raise
@@ -78,6 +88,10 @@ class ServePolicies:
             raise ApiError(503, "no_policy", "the policy could not be started", retry_after=10.0) from None
         except (RayActorError, TaskCancelledError, InfrastructureFault) as error:
             # Serve cancels what a replica still does when it has waited long enough for it to end.
+            raise PolicyLost from error
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in _GONE:
+                raise
             raise PolicyLost from error
         except RayError as error:
             if isinstance(getattr(error, "cause", None), InfrastructureFault | RayActorError):
@@ -101,6 +115,12 @@ class ServePolicies:
             return []
         # One that has just died is in the list for a moment longer.
         return [status for status in found if isinstance(status, dict)]
+
+
+def _being_cancelled() -> bool:
+    """Whether somebody has cancelled the task that asks this."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 class Ingress:
@@ -157,7 +177,7 @@ def ingress_deployment(settings: ServeSettings) -> Any:
         name="Ingress",
         num_replicas=settings.ingress_replicas,
         # It only passes on: what takes a processor is the policy.
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ENVIRONMENT}},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_ENVIRONMENT}},
         # Looser than what the ingress itself refuses, so that refusals are in our shape and not Serve's.
         max_ongoing_requests=settings.ingress_ongoing,
         max_surge_percent=50,  # they are small: an update stops none before there is another

@@ -31,6 +31,11 @@ METRICS: Mapping[str, Metric] = {
     "prompt_tokens": Metric(
         "stateset_inference_prompt_tokens_total", "counter", "Tokens of prompts answered."
     ),
+    "read_tokens": Metric(
+        "stateset_inference_prefill_tokens_total",
+        "counter",
+        "Tokens of prompts computed; the others were cached.",
+    ),
     "sampled_tokens": Metric("stateset_inference_tokens_total", "counter", "Tokens sampled."),
     "generations": Metric("stateset_inference_inflight", "gauge", "Answers under way in a policy replica."),
     "tokens_before": Metric(

@@ -140,6 +140,8 @@ class PolicyReplica:
             "running": self._running(),
             "sampled": held.sampled + (canary.held.sampled if canary else 0),
             "tokens": self._tokens(),
+            "prompt_tokens": sum(each.engine.stats.prompt_tokens for each in self._all()),
+            "prefill_tokens": sum(each.engine.stats.prefill_tokens for each in self._all()),
             "max_context": held.max_context,
             "problem": self._problem,
             "canary": {

@@ -75,7 +75,7 @@ class Tallies:
 
     def _end(self, held: HeldPolicy, role: Role, tally: _Tally, ended: str, seconds: float) -> None:
         # What was sampled since this was last asked, by whichever of the answers that run side by side.
-        tokens = held.uncounted()
+        tokens, read = held.uncounted()
         setattr(tally, ended, getattr(tally, ended) + 1)
         tally.tokens += tokens
         tally.seconds += seconds
@@ -83,6 +83,7 @@ class Tallies:
         self.meters.observe("version_seconds", seconds, role=role)
         self.meters.add("version_tokens", tokens, role=role)
         self.meters.add("sampled_tokens", tokens)
+        self.meters.add("read_tokens", read)
 
     def _of(self, label: str) -> _Tally:
         tally = self._known.setdefault(label, _Tally())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import aclosing
 
+import grpc
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -50,6 +51,10 @@ class Handle:
         return self.response
 
 
+def _rpc_error(code):
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+
 class _Ask:
     id = "ask-1"
     session = "s"
@@ -63,6 +68,11 @@ class _Ask:
         (ActorDiedError(), PolicyLost),
         (TaskCancelledError(), PolicyLost),
         (InfrastructureFault("x"), PolicyLost),
+        # Over a gRPC stream: the replica has gone, is stopping, has cancelled the answer itself, has a bug.
+        (_rpc_error(grpc.StatusCode.UNAVAILABLE), PolicyLost),
+        (_rpc_error(grpc.StatusCode.CANCELLED), PolicyLost),
+        (asyncio.CancelledError(), PolicyLost),
+        (_rpc_error(grpc.StatusCode.INTERNAL), grpc.aio.AioRpcError),
         (RayTaskError("f", "trace", InfrastructureFault("x")).as_instanceof_cause(), PolicyLost),
         (DeploymentUnavailableError("x"), ApiError),
         (RayTaskError("f", "trace", ValueError("x")).as_instanceof_cause(), RayTaskError),
@@ -83,11 +93,31 @@ def test_what_is_given_up_is_cancelled():
         async with aclosing(ServePolicies(handle).ask(_Ask())) as answer:
             await anext(answer)
         assert handle.response.cancelled
-        assert handle.chosen == {"method_name": "answer", "stream": True, "session_id": "s"}
+        assert handle.chosen["method_name"] == "answer"
+        assert handle.chosen["session_id"] == "s"
         late = Response(BackPressureError(3, 2))  # failed while it was given up
         async with aclosing(ServePolicies(Handle(late)).ask(_Ask())) as answer:
             await anext(answer)
         assert late.cancelled
+
+    asyncio.run(play())
+
+
+def test_a_caller_that_is_cancelled_has_not_lost_the_replica():
+    async def play():
+        response = Response()
+
+        async def ask():
+            async for _ in ServePolicies(Handle(response)).ask(_Ask()):
+                begun.set()
+
+        begun = asyncio.Event()
+        asking = asyncio.create_task(ask())
+        await begun.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert response.cancelled
 
     asyncio.run(play())
 
