@@ -9,15 +9,15 @@ import time
 from collections import Counter
 from typing import Any
 
-from benchmarks.serving_clients import Client, Told, crowd, percentiles, summary
+from benchmarks.serving_clients import HI, Client, Told, crowd, percentiles, summary
 from benchmarks.serving_endpoint import Endpoint
 
 __all__ = ["affinity", "disconnects", "latency", "overload"]
 
 _SECONDS = 15.0  # of each measurement
-_CONVERSATIONS = 8
+_CONVERSATIONS = 6
 _TURNS = 6
-_REPLY_TOKENS = 32
+_REPLY_TOKENS = 16
 _QUESTION_WORDS = 16
 _VOCABULARY = (
     "please", "order", "the", "parcel", "was", "sent", "to", "an", "old", "address", "refund", "of", "my",
@@ -38,14 +38,14 @@ def affinity(endpoint: Endpoint) -> dict[str, Any]:
     """Conversations with an agent of a shop: time to the first token of each turn but the first.
 
     All have the same instructions, and each a record of its own; then come turns of a short question and a
-    reply. Two at a time, eight in all; first with every conversation named, then without names.
+    reply. Two at a time; first with every conversation named, then without names.
     """
-    instructions = _words(0, 0, endpoint.context // 10)
+    instructions = _words(0, 0, endpoint.context // 6)
 
     async def talk(client: Client, number: int, session: str) -> list[float]:
         said = [
             {"role": "system", "content": instructions},
-            {"role": "user", "content": _words(number, 0, endpoint.context // 10)},
+            {"role": "user", "content": _words(number, 0, endpoint.context // 6)},
         ]
         firsts = []
         for turn in range(1, _TURNS + 1):
@@ -82,7 +82,14 @@ def affinity(endpoint: Endpoint) -> dict[str, Any]:
             "computed": round(computed / asked, 3),
         }
 
-    asyncio.run(all_of(True, 10_000, 4))  # warms up: both replicas know the instructions
+    async def warm() -> None:
+        """Let every replica know the instructions, as it does after its first minute."""
+        said = [{"role": "system", "content": instructions}, *HI]
+        async with Client.of(endpoint) as client:
+            for _ in range(8):
+                await client.ask(said, tokens=4)
+
+    asyncio.run(warm())
     named, unnamed = measured(True, 1000), measured(False, 2000)
     return {
         "replicas": endpoint.settings.policy.replicas,

@@ -152,9 +152,14 @@ def _question(stream: bool) -> Ask:
     return Ask(uuid.uuid4().hex, "t", "", said, _TOKENS, 0.0, 1, stream=stream)
 
 
+def _asked(policy: Any, stream: bool) -> Any:
+    """The events of an answer, over the kind of connection that the endpoint has."""
+    options = {"method_name": "answer", "stream": True, "_by_reference": False}
+    return policy.options(**options).remote(_question(stream))
+
+
 async def _by_handle(stream: bool) -> None:
-    handle = serve.get_deployment_handle("Policy", "policy")
-    async for _ in handle.options(method_name="answer", stream=True).remote(_question(stream)):
+    async for _ in _asked(serve.get_deployment_handle("Policy", "policy"), stream):
         pass
 
 
@@ -211,7 +216,7 @@ class _PassOn:
             body += message.get("body", b"")
             more = message.get("more_body", False)
         stream = json.loads(body)["stream"]
-        asked = self._policy.options(method_name="answer", stream=True).remote(_question(stream))
+        asked = _asked(self._policy, stream)
         start = {"type": "http.response.start", "status": 200, "headers": []}
         if stream:
             first = await anext(asked)

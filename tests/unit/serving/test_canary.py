@@ -138,6 +138,20 @@ def test_tokens_of_answers_side_by_side_are_counted_once(start, recorders):
     asyncio.run(play())
 
 
+def test_what_a_session_was_asked_before_is_not_computed_again(start, recorders):
+    async def play():
+        replica = await start()
+        await version(replica, asked("one", id="r1"))
+        first, counted = await replica.status(), recorders["read_tokens"].counted[()]
+        await version(replica, asked("one", id="r2"))
+        again = await replica.status()
+        assert again["prompt_tokens"] - first["prompt_tokens"] > 1
+        assert again["prefill_tokens"] - first["prefill_tokens"] == 1, "the last token has to be computed"
+        assert recorders["read_tokens"].counted[()] - counted == 1
+
+    asyncio.run(play())
+
+
 def test_promoted_without_being_loaded_again_and_taken_back(start, run, monkeypatch):
     async def play():
         replica = await start(poll=0.01)
