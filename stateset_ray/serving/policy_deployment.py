@@ -11,8 +11,13 @@ from stateset_ray.serving.settings import ServeSettings
 
 __all__ = ["policy_deployment"]
 
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
-"""For the same reason as in an ingress; but tensors are large, and limits on them would cost time."""
+_ENVIRONMENT = {
+    # For the same reason as in an ingress; but tensors are large, and limits on them would cost time.
+    "MALLOC_ARENA_MAX": "1",
+    # A run lets idle threads of OpenMP sleep, since its learner and workers take turns. An answer's products
+    # follow each other so closely that a thread which has to be woken for each comes too late.
+    "GOMP_SPINCOUNT": "300000",
+}
 
 
 class _Policy(PolicyReplica):

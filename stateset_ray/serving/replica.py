@@ -15,7 +15,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -292,7 +293,7 @@ class PolicyReplica:
             room = checked(candidate, config, self._settings.policy.max_context)
             return load_policy(candidate, self._settings, self._hardware(), room, self._held)
 
-        held = await asyncio.to_thread(load)
+        held = await _apart(load)
         try:
             await held.probe(self._settings.swap.probe)
         except BaseException:
@@ -322,6 +323,19 @@ class PolicyReplica:
         if self._held is None:
             raise InfrastructureFault("this replica has not loaded its policy yet")
         return self._held
+
+
+async def _apart(work: Callable[[], HeldPolicy]) -> HeldPolicy:
+    """`work` in a thread that ends with it.
+
+    OpenMP has a team of threads for every thread that multiplies. While there are several teams their members
+    sleep between two products, and wake too late. A thread of the loop's own pool would never end.
+    """
+    pool = ThreadPoolExecutor(1, "load")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _same(one: Candidate, other: Candidate) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import runpy
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from stateset_ray.policies.nucleus import Sampled
 from stateset_ray.serving import release
 from stateset_ray.serving.dispatch import PolicyLost, answered
 from stateset_ray.serving.events import Ask, Began, Ended
+from stateset_ray.serving.held_policy import load_policy
 from stateset_ray.serving.replica import PolicyReplica
 from stateset_ray.serving.settings import PolicySettings, ServeSettings, SwapSettings
 from stateset_ray.types import Message
@@ -148,6 +150,26 @@ def test_what_a_session_was_asked_before_is_not_computed_again(start, recorders)
         assert again["prompt_tokens"] - first["prompt_tokens"] > 1
         assert again["prefill_tokens"] - first["prefill_tokens"] == 1, "the last token has to be computed"
         assert recorders["read_tokens"].counted[()] - counted == 1
+
+    asyncio.run(play())
+
+
+def test_a_version_is_loaded_by_a_thread_that_ends(start, monkeypatch):
+    """While it lives its OpenMP team does, and answers take a quarter longer."""
+    threads = []
+
+    def noted(*args):
+        threads.append(threading.current_thread())
+        return load_policy(*args)
+
+    monkeypatch.setattr("stateset_ray.serving.replica.load_policy", noted)
+
+    async def play():
+        await start()
+        for thread in threads:
+            await asyncio.to_thread(thread.join, 10)
+        assert threads
+        assert not any(thread.is_alive() for thread in threads)
 
     asyncio.run(play())
 
