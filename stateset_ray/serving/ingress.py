@@ -36,7 +36,7 @@ __all__ = ["INGRESS_ENVIRONMENT", "Ingress", "ServePolicies", "drained", "ingres
 
 _STATUS_SECONDS = 10.0
 INGRESS_ENVIRONMENT = {
-    # One event loop less for every piece of an answer to pass through.
+    # A stream of gRPC is read, and cancelled, where it belongs: in the event loop that asks.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # Thousands of short requests in dozens of threads leave glibc with ever more memory that is free, but in
     # pieces. One arena and limits that do not grow keep it together; the threads take turns anyway.
@@ -69,7 +69,7 @@ class ServePolicies:
             _set_request_context(_internal_request_id=ask.id)
         # A session does not travel over the second hop by itself.
         options = {"session_id": ask.session} if ask.session else {}
-        # Pieces of an answer come over a gRPC stream: as objects of Ray's each of them takes twice as long.
+        # Pieces of an answer come over a gRPC stream: as objects of Ray's they take more of the processors.
         response = self._handle.options(
             method_name="answer", stream=True, _by_reference=False, **options
         ).remote(ask)
