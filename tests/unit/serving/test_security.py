@@ -167,6 +167,7 @@ def test_places_are_given_back():
         ("card 4111-1111-1111-1111.", "card [card]."),
         ("no card 4111 1111 1111 1112", "no card 4111 1111 1111 1112"),
         ("call +49 30 1234567 now", "call [phone] now"),
+        ("POST /v1/x 200 4223.7ms", "POST /v1/x 200 4223.7ms"),
         ("order 48213 of 2026", "order 48213 of 2026"),
         ("sk-ssr-AbCdEf0123456789", "[key]"),
         ("Authorization: Bearer abc.def-ghi_jkl", "Authorization: [key]"),
