@@ -92,6 +92,9 @@ def main() -> None:
         ) as made,
     ):
         made.seconds = options.seconds
+        if options.ingress_ongoing is not None:
+            made.settings = made.settings.model_copy(update={"ingress_ongoing": options.ingress_ongoing})
+            made.deploy()
         if options.remembered is not None:
             made.deploy(remembered=options.remembered)
         for fault in options.faults:
@@ -123,6 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--seconds", type=float, default=10, help="of each level of `overload`")
     parser.add_argument("--remembered", type=int, help="`policy.remembered`, for a soak")
+    parser.add_argument("--ingress-ongoing", type=int, help="`ingress_ongoing`, for `overload`")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
