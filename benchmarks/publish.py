@@ -13,9 +13,11 @@ the learner exports, by one thread, in the same process and under the same load,
 | `seconds`    | from the call of `publish` until every engine has answered a request with that version   |
 | `learner`    | of these, until `publish` returned                                                     |
 | `engines`    | of these, from then until all engines hold the version; the rest is their answers       |
+| `turns`      | of these, from `publish`'s return until the turns had ended that were under way then     |
 | `copy_twice` | copying the weights into new memory, twice                                             |
 | `copy_warm`  | copying them twice into memory that was written before: no page is asked of the system  |
 | `ratio`      | `seconds` by `copy_twice`, both medians; `of_each`: publication by publication          |
+| `own_ratio`  | the same without `turns`: weights are switched between turns, so a version waits for them |
 | `replies`    | that conversations got meanwhile; one that failed would have ended the benchmark       |
 | `reply`      | seconds of one of these, on average: a version waits for the turns that are under way   |
 """
@@ -138,6 +140,7 @@ class _Bench:
         self._version = 0
         self._replies = 0
         self._turns: list[float] = []
+        self._under_way: set[asyncio.Future[Any]] = set()
         self._vocabulary = config_only(config.model.name).vocab_size
 
     async def publications(self, repeats: int) -> dict[str, Any]:
@@ -153,6 +156,7 @@ class _Bench:
         medians = {key: statistics.median(one[key] for one in found) for key in found[0]}
         return {
             "ratio": round(medians["seconds"] / medians["copy_twice"], 2),
+            "own_ratio": round((medians["seconds"] - medians["turns"]) / medians["copy_twice"], 2),
             **{key: round(value, 3) for key, value in medians.items()},
             "of_each": [round(one["seconds"] / one["copy_twice"], 2) for one in found],
         }
@@ -174,6 +178,7 @@ class _Bench:
         started = time.perf_counter()
         published = await asyncio.to_thread(self._learners.publish, self._version)
         returned = time.perf_counter()
+        turns = asyncio.create_task(self._end_of(list(self._under_way)))
         await self._router.hold(published.version, published.told)
         await asyncio.gather(*[e.hold.remote(published.version, published.told) for e in self._engines])
         held = time.perf_counter()
@@ -183,7 +188,15 @@ class _Bench:
         seconds = time.perf_counter() - started
         if any(answer.policy_version != self._version for answer in answers):
             raise AssertionError(f"an engine answered with another version than {self._version}")
-        return {"seconds": seconds, "learner": returned - started, "engines": held - returned}
+        return {
+            "seconds": seconds, "learner": returned - started, "engines": held - returned,
+            "turns": await turns - returned,
+        }  # fmt: skip
+
+    async def _end_of(self, turns: list[asyncio.Future[Any]]) -> float:
+        if turns:
+            await asyncio.wait(turns)
+        return time.perf_counter()
 
     def _request(self, name: str, turn: int, tokens: int) -> ReplyRequest:
         # Token ids by arithmetic: no engine minds what they mean.
@@ -196,7 +209,12 @@ class _Bench:
         while True:
             request = self._request(f"conversation {index}", turn, _REPLY)
             started = time.perf_counter()
-            await self._router.reply(request)
+            asked = asyncio.ensure_future(self._router.reply(request))
+            self._under_way.add(asked)
+            try:
+                await asked
+            finally:
+                self._under_way.discard(asked)
             self._turns.append(time.perf_counter() - started)
             self._router.release(request.conversation)
             self._replies += 1
