@@ -83,6 +83,9 @@ _WARM = (
 def main() -> None:
     """Measure, then print."""
     options = _options()
+    # Libraries print, those of the processes that play as well; on the real stdout is the result alone.
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     torch.set_num_threads(1)
     started = machine.describe()
     result: dict[str, Any] = {}
@@ -99,7 +102,7 @@ def main() -> None:
         **result,
     }
     text = json.dumps(result, indent=2)
-    print(text, flush=True)
+    print(text, file=stdout, flush=True)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
 
