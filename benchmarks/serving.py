@@ -30,8 +30,8 @@ pause and without retries of their own, each in a session of its own.
 
 `--load` measures without faults (`benchmarks.serving_load`): `latency` by clients at a time, the `overhead`
 of the endpoint over the engine (`benchmarks.serving_overhead`), first tokens of conversations with and
-without `affinity`, an `overload` of ten times what can be answered, 1,000 `disconnects`. `--soak SECONDS` (`benchmarks.serving_soak`) says how
-replicas grow.
+without `affinity`, an `overload` of ten times what can be answered, 1,000 `disconnects`. `--soak SECONDS`
+(`benchmarks.serving_soak`) says how replicas grow.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import pytest
 import ray
 
+from stateset_ray.actors import placement
 from stateset_ray.actors.placement import start_ray
 
 SLOW = Exception(
@@ -45,3 +46,17 @@ def test_any_other_error_is_final(starts):
     with pytest.raises(ValueError, match="no such option"):
         start_ray()
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_idle_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, given, wanted):
+    monkeypatch.setattr(placement.os, "environ", dict(given))
+    placement._let_idle_threads_sleep()
+    assert placement.os.environ == wanted
