@@ -30,7 +30,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     check_fits(config)
     local_folder(config.model.name)
     with (
-        cluster(config),
+        cluster(config, in_turn=True),
         place(config, learners=False) as placement,
         rollout_pool(config, placement) as pool,
     ):

@@ -103,11 +103,13 @@ def start_ray(**options: Any) -> None:
 
 
 @contextmanager
-def cluster(config: Config, *, at_least_cpus: float = 0) -> Iterator[None]:
+def cluster(config: Config, *, at_least_cpus: float = 0, in_turn: bool = False) -> Iterator[None]:
     """Be connected to Ray: use this process's connection, join a cluster, or start one and end it.
 
     Args:
         at_least_cpus: logical CPUs of a cluster that is started, where `[rollout]` and `[learner]` say less.
+        in_turn: in a cluster that is started, learner and workers compute one after the other, never beside
+            each other.
 
     Raises:
         ClusterError: the cluster cannot be reached or started.
@@ -126,7 +128,7 @@ def cluster(config: Config, *, at_least_cpus: float = 0) -> Iterator[None]:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level="ERROR")
         else:
-            _let_idle_threads_sleep()
+            _let_idle_threads_sleep(in_turn)
             # Logical CPUs: on a laptop, actors that take turns may share a core.
             cpus = max(os.cpu_count() or 1, math.ceil(max(_totals(config)["CPU"], at_least_cpus)))
             start_ray(
@@ -145,16 +147,17 @@ def cluster(config: Config, *, at_least_cpus: float = 0) -> Iterator[None]:
         ray.shutdown()
 
 
-def _let_idle_threads_sleep() -> None:
-    """Have idle OpenMP threads of all actors sleep, soon; an environment that says otherwise is left alone.
+def _let_idle_threads_sleep(in_turn: bool) -> None:
+    """Have idle OpenMP threads of all actors sleep; an environment that says otherwise is left alone.
 
-    Learner and workers take turns on the same cores, and a spinning thread of one is a stolen core of the
-    other. But the products of a forward pass follow each other within microseconds, and waking a thread for
-    each costs a quarter of the pass: GNU's OpenMP (PyTorch's on Linux) waits awake for half a millisecond.
+    Actors share cores, and a spinning thread of one is a stolen core of another. But the products of a
+    forward pass follow each other within microseconds, and to wake a thread for each costs a fifth of it:
+    where nobody else computes, GNU's OpenMP (PyTorch's on Linux) waits awake for half a millisecond.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        if in_turn:
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class Placement:

@@ -332,7 +332,7 @@ def open_run(
     local_folder(config.model.name)  # built once here, not by every actor at the same time
     with ExitStack() as stack:
         meter = stack.enter_context(MemoryMeter())
-        stack.enter_context(cluster(config))
+        stack.enter_context(cluster(config, in_turn=not config.train.max_staleness))
         on_event = exported(config, on_event)
         placement = stack.enter_context(place(config))
         pool = stack.enter_context(rollout_pool(config, placement))

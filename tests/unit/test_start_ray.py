@@ -49,14 +49,15 @@ def test_any_other_error_is_final(starts):
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "in_turn", "wanted"),
     [
-        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}),
-        ({"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5"}),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({}, True, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}),
+        ({}, False, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"GOMP_SPINCOUNT": "5"}, True, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, True, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],
 )
-def test_idle_threads_sleep_soon_unless_the_environment_says_otherwise(monkeypatch, given, wanted):
+def test_idle_threads_sleep_and_sooner_where_others_compute(monkeypatch, given, in_turn, wanted):
     monkeypatch.setattr(placement.os, "environ", dict(given))
-    placement._let_idle_threads_sleep()
+    placement._let_idle_threads_sleep(in_turn)
     assert placement.os.environ == wanted
