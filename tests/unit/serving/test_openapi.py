@@ -30,6 +30,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 _HERE = Path(__file__)
 _SUPPORT = runpy.run_path(str(_HERE.with_name("support_endpoint.py")))
 _RUNS = runpy.run_path(str(_HERE.with_name("support_checkpoints.py")))
+_CHAT = {"model": "shop", "messages": [{"role": "user", "content": "hi"}], "n": 1, "max_tokens": 4}
+_ASKED = {
+    "/v1/chat/completions": _CHAT,
+    "/v1/agent/chat/completions": _CHAT,
+    "/v1/completions": {"model": "shop", "prompt": "hi", "n": 1, "max_tokens": 4},
+}
+_DROPPED = {"max_completion_tokens", "stop", "seed", "stream_options", "tool_choice", "conversation"}
+_DROPPED |= {"logprobs", "top_logprobs", "tools"}
 _SHOP = "stateset_ray.environments.customer_service:CustomerService"
 
 
@@ -87,6 +95,14 @@ def test_no_request_is_a_failure_of_the_server(document):
     tried, told = [], Counter()
 
     def check(case):
+        look(case)
+        if case.path in _ASKED and isinstance(case.body, dict):
+            # Hardly any body that is made up from a schema is answered: once more, with the usual mistakes
+            # put right.
+            case.body = {k: v for k, v in case.body.items() if k not in _DROPPED} | _ASKED[case.path]
+            look(case)
+
+    def look(case):
         answer = case.call(headers=key)
         told[case.path, answer.status_code] += 1
         assert answer.status_code < 500, (case.method, case.path, answer.text)
@@ -107,5 +123,4 @@ def test_no_request_is_a_failure_of_the_server(document):
         how(given(case=operation.as_strategy())(check))()
         tried.append(operation.path)
     assert {"/v1/completions", "/v1/agent/chat/completions", "/v1/conversations/{id}/items"} <= set(tried)
-    asked = ("/v1/chat/completions", "/v1/completions", "/v1/agent/chat/completions")
-    assert all(told[path, 200] for path in asked), "what was never answered was not tried"
+    assert all(told[path, 200] > 5 for path in _ASKED), ("what was never answered was not tried", told)
