@@ -121,7 +121,8 @@ class Endpoint:
 
         self._step += 1
         meta = {"version": self._step, "results": {}}
-        checkpoint.save(self.run / "checkpoints", self._step, write, meta=meta, keep=3)
+        # All are kept: ten of NaN would push out the last one that a replica can start with.
+        checkpoint.save(self.run / "checkpoints", self._step, write, meta=meta, keep=1000)
         return self._step
 
     def processes(self, kind: str = "") -> dict[int, psutil.Process]:
