@@ -2,7 +2,8 @@
 
 vLLM is not imported before an engine is made. Its model runs in a process of its own, which vLLM starts and
 which ends with this one. Token ids go in and token ids come out: it has no tokenizer here. Log-probabilities
-are those of the distribution that was sampled from, temperature applied.
+are those of the distribution that was sampled from, temperature applied; or, for serving, those of the policy
+at temperature 1, whatever a request's is, because a cut distribution (`top_p`) has none that others compare.
 
 What an older version of the weights has cached never answers a newer one: weights are replaced while no turn
 runs, vLLM's cache is emptied then, and every prompt's cache key is salted with the version besides.
@@ -19,7 +20,7 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ import torch
 from stateset_ray.errors import InfrastructureFault, ModelError
 from stateset_ray.models import Hardware, config_only, local_folder, parameter_shapes
 from stateset_ray.policies.base import EngineStats, Reply, ReplyRequest, check_fits
+from stateset_ray.policies.nucleus import Sampled
 
 __all__ = ["VllmEngine"]
 
 _BLOCK = 32  # tokens of a cache block: what is shared is shared by whole blocks; vLLM's CPU kernels want 32
+_LEAST_MASS = 1e-6  # the smallest nucleus that vLLM takes: one token
 _SPARE_BLOCKS = 2  # of each conversation: the one that is being written, and vLLM's own
 _SHUTDOWN = 10.0  # seconds for vLLM's process to end by itself
 _MEMORY_FILES = Path("/dev/shm")
@@ -47,24 +50,31 @@ class VllmEngine:
         slots: conversations whose cache is kept at once; beyond them, the least recently used lose theirs.
         max_context: tokens per conversation.
         hardware: where the model sits.
+        serving: whether it answers clients, and nothing is learned from what it says.
+
+    Attributes:
+        vocabulary: ids that a prompt may hold are below it.
 
     Raises:
         ModelError: vLLM is not installed, or cannot serve this model here.
     """
 
     def __init__(
-        self, model: str, stop_ids: Collection[int], *, slots: int, max_context: int, hardware: Hardware
-    ) -> None:
+        self, model: str, stop_ids: Collection[int], *, slots: int, max_context: int, hardware: Hardware,
+        serving: bool = False,
+    ) -> None:  # fmt: skip
         if importlib.util.find_spec("vllm") is None:
+            key = "policy.engine" if serving else "rollout.engine_kind"
             raise ModelError(
-                "rollout.engine_kind = 'vllm' needs vLLM, which is not installed where the engine runs",
-                mend="pip install 'stateset-ray[vllm]' there; for CPUs: make vllm; or set "
-                "rollout.engine_kind = 'transformers'",
+                f"{key} = 'vllm' needs vLLM, which is not installed where the engine runs",
+                mend="pip install 'stateset-ray[vllm]' there; for CPUs: make vllm; "
+                f"or set {key} = 'transformers'",
             )
         self._stop_ids = sorted(stop_ids)
         self._max_context = max_context
         self._shapes = parameter_shapes(model)
-        self._llm = _start(model, slots, max_context, hardware)
+        self.vocabulary = int(config_only(model).get_text_config().vocab_size)
+        self._llm = _start(model, slots, max_context, hardware, serving)
         self._turns = _Turns()
         self._numbers = count()
         self._cleared = 0  # how often what was cached was given up within one version
@@ -72,13 +82,20 @@ class VllmEngine:
         self.version = 0
         self.stats = EngineStats()
 
-    async def reply(self, request: ReplyRequest) -> Reply:
-        """Sample one reply; see `Policy.reply`. Cancelling it frees what vLLM held for it."""
+    async def reply(
+        self, request: ReplyRequest, on_token: Callable[[Sampled], None] | None = None, *,
+        top_p: float = 1.0, top: int = 0,
+    ) -> Reply:  # fmt: skip
+        """Sample one reply; see `Policy.reply`. Cancelling it frees what vLLM held for it.
+
+        Args:
+            on_token: as in `TransformersEngine.reply`, like `top_p` and `top`.
+        """
         check_fits(request, self._max_context)
         async with self._turns.one():
             if self._broken:
                 raise InfrastructureFault(self._broken, mend="restart the engine")
-            reply = await self._generate(request)
+            reply = await self._generate(request, on_token, top_p, top)
         self.stats.seconds = self._turns.seconds
         return reply
 
@@ -126,9 +143,12 @@ class VllmEngine:
     async def close(self) -> None:
         """See `Engine.close`; ends vLLM's process."""
         self._broken = "the engine was closed"
-        self._llm.shutdown(timeout=_SHUTDOWN)
+        # It waits for that process: other engines of this one go on answering meanwhile.
+        await asyncio.to_thread(self._llm.shutdown, timeout=_SHUTDOWN)
 
-    async def _generate(self, request: ReplyRequest) -> Reply:
+    async def _generate(
+        self, request: ReplyRequest, on_token: Callable[[Sampled], None] | None, top_p: float, top: int
+    ) -> Reply:
         from vllm import SamplingParams, TokensPrompt
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
@@ -139,33 +159,39 @@ class VllmEngine:
         )
         # A conversation may be asked for twice at a time: by a caller that died, and by its retry.
         name = f"{request.conversation}#{next(self._numbers)}"
+        sampled: list[Sampled] = []
+        outputs: list[Any] = []
         try:
             params = SamplingParams(
                 max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
-                stop_token_ids=self._stop_ids, ignore_eos=True, logprobs=0, detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                top_p=max(top_p, _LEAST_MASS), stop_token_ids=self._stop_ids, ignore_eos=True, logprobs=top,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA if on_token else RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
-            outputs = [output async for output in self._llm.generate(prompt, params, name)]
+            async for output in self._llm.generate(prompt, params, name):
+                outputs = [output]
+                for one in _sampled(output.outputs[0], top):
+                    sampled.append(one)
+                    if on_token is not None:
+                        on_token(one)
         except (EngineDeadError, EngineGenerateError, VLLMClientError) as error:
             raise InfrastructureFault(
                 f"vLLM failed: {type(error).__name__}: {error.__cause__ or error}",
                 mend="its own log says why; the conversation is retried elsewhere",
             ) from error
-        if not outputs or not outputs[-1].outputs[0].token_ids:
+        if not sampled:
             raise InfrastructureFault("vLLM ended a request without a token")
-        return self._reply(request, outputs[-1])
+        return self._reply(request, sampled, outputs[-1])
 
-    def _reply(self, request: ReplyRequest, found: Any) -> Reply:
-        output = found.outputs[0]
-        ids = tuple(output.token_ids)
-        if request.temperature == 0:
-            logprobs = (0.0,) * len(ids)  # what is greedy is certain
-        else:
-            logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs, strict=True))
+    def _reply(self, request: ReplyRequest, sampled: Sequence[Sampled], last: Any) -> Reply:
+        ids = tuple(one.token for one in sampled)
+        # What is greedy is certain.
+        logprobs = tuple(one.logprob if request.temperature else 0.0 for one in sampled)
         self.stats.prompt_tokens += len(request.prompt_ids)
-        self.stats.prefill_tokens += len(request.prompt_ids) - (found.num_cached_tokens or 0)
+        self.stats.prefill_tokens += len(request.prompt_ids) - (last.num_cached_tokens or 0)
         self.stats.decode_tokens += len(ids)
-        return Reply(ids, logprobs, self.version, "stop" if output.finish_reason == "stop" else "length")
+        stopped = last.outputs[0].finish_reason == "stop"
+        return Reply(ids, logprobs, self.version, "stop" if stopped else "length")
 
     async def _reload(self, tensors: Mapping[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
@@ -179,7 +205,16 @@ class VllmEngine:
             raise RuntimeError("its prefix cache was not emptied")
 
 
-def _start(model: str, slots: int, max_context: int, hardware: Hardware) -> Any:
+def _sampled(output: Any, top: int) -> list[Sampled]:
+    """The tokens of a part of an answer, each with the likeliest ones."""
+    found = []
+    for token, known in zip(output.token_ids, output.logprobs or (), strict=True):
+        ranked = sorted(((one.rank or 0, i, one.logprob) for i, one in known.items()))
+        found.append(Sampled(token, known[token].logprob, tuple((i, p) for _, i, p in ranked[:top])))
+    return found
+
+
+def _start(model: str, slots: int, max_context: int, hardware: Hardware, serving: bool) -> Any:
     if hardware.device == "cpu":
         # Ray says which cores an actor has; vLLM would bind its threads to the first ones of the machine.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -192,7 +227,8 @@ def _start(model: str, slots: int, max_context: int, hardware: Hardware) -> Any:
         model=local_folder(model), dtype=str(hardware.dtype).removeprefix("torch."),
         max_model_len=max_context, max_num_seqs=slots, block_size=_BLOCK, enable_prefix_caching=True,
         kv_cache_memory_bytes=_cache_bytes(model, slots, max_context, hardware.dtype),
-        logprobs_mode="processed_logprobs", generation_config="vllm", skip_tokenizer_init=True,
+        logprobs_mode="raw_logprobs" if serving else "processed_logprobs",
+        generation_config="vllm", skip_tokenizer_init=True,
         disable_log_stats=True, enable_log_requests=False,
         worker_extension_cls="stateset_ray.policies.vllm_worker.TakesWeights",
         # Compiling for a CPU takes a minute, and no part of a compiled graph may hold packed weights.

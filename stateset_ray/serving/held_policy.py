@@ -21,6 +21,7 @@ from stateset_ray.policies.base import Reply, ReplyRequest
 from stateset_ray.policies.nucleus import Sampled
 from stateset_ray.policies.renderer import Renderer, characters
 from stateset_ray.policies.transformers_engine import TransformersEngine
+from stateset_ray.policies.vllm_engine import VllmEngine
 from stateset_ray.serving.events import Ask, Began, Ended, Event, Piece, Refused, TokenLogprob
 from stateset_ray.serving.memory import ConversationMemory
 from stateset_ray.serving.raw_prompt import raw_prompt
@@ -62,7 +63,7 @@ class HeldPolicy:
     candidate: Candidate
     renderer: Renderer
     tokenizer: Any
-    engine: TransformersEngine
+    engine: TransformersEngine | VllmEngine
     max_context: int
     max_reply: int
     memory: ConversationMemory
@@ -319,10 +320,17 @@ def load_policy(
     policy = settings.policy
     tokenizer = load_tokenizer(candidate.model)
     renderer = Renderer(tokenizer, generation_stop_ids(candidate.model))
-    engine = TransformersEngine(
-        load_model(candidate.model, hardware), renderer.stop_ids,
-        slots=policy.slots, max_context=max_context, hardware=hardware,
-    )  # fmt: skip
+    engine: TransformersEngine | VllmEngine
+    if policy.engine == "vllm":
+        engine = VllmEngine(
+            candidate.model, renderer.stop_ids,
+            slots=policy.slots, max_context=max_context, hardware=hardware, serving=True,
+        )  # fmt: skip
+    else:
+        engine = TransformersEngine(
+            load_model(candidate.model, hardware), renderer.stop_ids,
+            slots=policy.slots, max_context=max_context, hardware=hardware,
+        )  # fmt: skip
     memory = ConversationMemory(policy.remembered)
     if before is not None and _reads_alike(before.tokenizer, tokenizer):
         memory = before.memory

@@ -106,6 +106,8 @@ class SecuritySettings(_Section):
 class PolicySettings(_Section):
     """The replicas that hold the model."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What answers: plain transformers, on any machine; or vLLM (extra `vllm`), for GPUs."""
     replicas: int = Field(default=1, ge=1)
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from stateset_ray.config import Config
-from stateset_ray.errors import CheckpointError, ConfigError, ModelError, StatesetError
+from stateset_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    InfrastructureFault,
+    ModelError,
+    StatesetError,
+)
 from stateset_ray.serving.events import Ask, Began
 from stateset_ray.serving.replica import PolicyReplica
 from stateset_ray.serving.settings import PolicySettings, ServeSettings, SwapSettings
@@ -202,3 +208,16 @@ def test_a_replica_without_a_whole_checkpoint_does_not_come_up(run, meters):
     shutil.rmtree(run / "checkpoints" / "step-00000001")
     with pytest.raises(StatesetError):
         asyncio.run(replica(run, meters).start())
+
+
+def test_a_replica_whose_engine_has_died_is_replaced(run, meters):
+    async def play():
+        held = replica(run, meters)
+        held.check_health()  # it is still loading
+        await held.start()
+        held.check_health()
+        held._held.engine.dead = True  # as a process of vLLM's that has ended
+        with pytest.raises(InfrastructureFault, match="engine has died"):
+            held.check_health()
+
+    asyncio.run(play())
