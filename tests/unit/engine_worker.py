@@ -10,12 +10,11 @@ import hashlib
 import json
 import logging
 import math
+import runpy
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from stateset_ray.learner.engine import LearnerEngine, StepResult, build_engine
 from stateset_ray.models import Hardware, load_model, state_tensors
 from stateset_ray.policies.weights import decode
 from stateset_ray.types import Sample
+
+Meetings = runpy.run_path(str(Path(__file__).with_name("support_ranks.py")))["Meetings"]
 
 # Large models are reduced in many buckets, and what comes after a bucket was closed can be lost: the
 # gradient of an embedding that is also the output layer's, for one. So must this small one be.
@@ -122,30 +123,12 @@ class Rank:
 
     def __init__(self, folder: Path, rank: int, world: int, scenarios: str) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self.groups = (folder / f"port-{scenarios}-{world}-{number}" for number in count())
+        self.meetings = Meetings(folder, scenarios, rank, world)
         self.results: dict[str, Any] = {}
-
-    def master(self) -> tuple[str, int]:
-        """Where the next group meets: a port of its own, chosen when it is needed and not long before."""
-        path = next(self.groups)
-        if self.world == 1:
-            return "127.0.0.1", 0
-        if self.rank == 0:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            path.with_suffix(".new").write_text(str(port))
-            path.with_suffix(".new").rename(path)
-            return "127.0.0.1", port
-        deadline = time.monotonic() + 120
-        while not path.exists():
-            assert time.monotonic() < deadline, "rank 0 did not say where to meet"
-            time.sleep(0.01)
-        return "127.0.0.1", int(path.read_text())
 
     def engine(self, *overrides: str, hardware: Hardware = CPU, model: str = "tiny") -> LearnerEngine:
         settings, whole = config(*overrides).learner, load_model(model, hardware)
-        return build_engine(whole, settings, hardware, self.rank, self.world, self.master())
+        return build_engine(whole, settings, hardware, self.rank, self.world, self.meetings.master())
 
     def step(
         self, engine: LearnerEngine, cut: Cut, rate: float = 0.0, shared: bool = True, entropy: float = 0.0
@@ -369,7 +352,7 @@ def fresh(place: Rank, name: str, *overrides: str) -> LearnerEngine:
         for parameter in model.parameters():
             parameter.mul_(1.5)
     settings = config(*SAVED[name], MOMENTS, *overrides).learner
-    return build_engine(model, settings, hardware_of(name), place.rank, place.world, place.master())
+    return build_engine(model, settings, hardware_of(name), place.rank, place.world, place.meetings.master())
 
 
 def saving(place: Rank, names: Sequence[str]) -> None:

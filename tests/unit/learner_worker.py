@@ -3,11 +3,12 @@
 A process group and DeepSpeed's globals would leak into the tests beside it; and starting a process costs
 seconds, so that one pair of processes plays everything.
 
-    python learner_worker.py FOLDER RANK WORLD PORT...
+    python learner_worker.py FOLDER RANK WORLD
 """
 
 import json
 import random
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from stateset_ray.learner.learner import Learner
 from stateset_ray.models import Hardware, load_model, state_tensors
 from stateset_ray.policies.weights import decode
 from stateset_ray.types import Sample
+
+Meetings = runpy.run_path(str(Path(__file__).with_name("support_ranks.py")))["Meetings"]
 
 CPU = Hardware("cpu", torch.float32, 1)
 STEPS = 2
@@ -67,15 +70,13 @@ def masked(samples: list[Sample]) -> int:
 class Rank:
     """What the scenarios share: this rank's place, and where results go."""
 
-    def __init__(self, folder: Path, rank: int, world: int, ports: list[int]) -> None:
+    def __init__(self, folder: Path, rank: int, world: int) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self.ports = iter(ports)
+        self.meetings = Meetings(folder, "learner", rank, world)
         self.results: dict[str, Any] = {}
 
     def learner(self, settings: Config, model_folder: str | None = None) -> Learner:
-        # A port for each group: on the last one's, a quick rank would meet the store that is going away.
-        master = ("127.0.0.1", next(self.ports))
-        return Learner(settings, self.rank, self.world, master, CPU, model_folder)
+        return Learner(settings, self.rank, self.world, self.meetings.master(), CPU, model_folder)
 
     def train(
         self, learner: Learner, steps: range, loss: str = "policy", cut: Any = None
@@ -235,7 +236,7 @@ def names(place: Rank) -> None:
 
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    place = Rank(folder, rank, world, [int(port) for port in sys.argv[4:]])
+    place = Rank(folder, rank, world)
     splits(place)
     not_finite(place)
     if world == 1:

@@ -4,10 +4,8 @@ import json
 import math
 import os
 import runpy
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,17 +41,12 @@ class Played:
 
 
 def _play(folder: Path, world: int) -> Played:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(40)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        ports = [str(probe.getsockname()[1]) for probe in probes]
     local_folder("tiny")  # built once, before the ranks ask for it together
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     ranks = []
     for rank in range(world):
         log = (folder / f"log-{world}-{rank}").open("w+")
-        command = [sys.executable, str(WORKER), str(folder), str(rank), str(world), *ports]
+        command = [sys.executable, str(WORKER), str(folder), str(rank), str(world)]
         ranks.append((subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log), log))
     try:
         for process, _ in ranks:
