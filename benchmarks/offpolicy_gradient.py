@@ -41,11 +41,7 @@ _TASKS = 64  # of which the prompts are taken
 
 
 def versions_of(config: Config, steps: int) -> list[Weights]:
-    """The weights of a run in turn, before each step and after the last.
-
-    Raises:
-        RunError: it learned nothing in the end, so that there is nothing to compare.
-    """
+    """The weights of a run in turn, before each step and after the last."""
     with Lagged(config, 0) as run:
         found = []
         for step in range(steps):
@@ -78,7 +74,10 @@ class Enumerated:
             prompts.setdefault(self._renderer.opening(list(opening.messages)), task)
         self._prompts = list(prompts)
         if len({len(prompt) for prompt in self._prompts}) != 1:
-            raise RunError("the prompts must have one length")
+            raise RunError(
+                "the prompts must have one length", given=sorted({len(prompt) for prompt in self._prompts}),
+                mend="take an environment whose openings differ by letters of one token each",
+            )  # fmt: skip
         texts = [self._renderer.text(ids) for ids in self._replies()]
         self.rewards = torch.stack([self._earned(task, texts) for task in prompts.values()])
         """float64 [P, V + V * V]: of each reply of one token, then of each of two; one that is none is 0."""

@@ -1,10 +1,10 @@
 """The layers of a Llama-like decoder in fewer, larger steps, for a CPU engine.
 
-A decoding pass has one row a conversation. At such sizes a layer of Hugging Face's code spends much of its
-time between its products: three of them where one would do, a rotation in ten operators, Python in between.
-This layer computes the same with packed weights (`packed_linear`): queries, keys and values in one product,
-both halves of the gated MLP in another, residuals added by the products themselves, and the rotation of
-queries and keys in three operators. Every row has the same bits in every batch.
+A decoding pass has one row a conversation. Hugging Face's code of a layer multiplies three times where once
+would do, rotates in ten operators, and adds in operators of their own. This layer computes the same with
+packed weights (`packed_linear`): queries, keys and values in one product, both halves of the gated MLP in
+another, residuals added by the products themselves, and the rotation of queries and keys in three
+operators. Every row has the same bits in every batch.
 
 It stands in the place of a layer of the model, whose own code does all else: embedding, angles, last norm and
 output. Models whose layers are not known to compute just this keep their own (`fusible`).

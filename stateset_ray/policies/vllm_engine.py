@@ -64,7 +64,7 @@ class VllmEngine:
         serving: bool = False,
     ) -> None:  # fmt: skip
         if importlib.util.find_spec("vllm") is None:
-            key = "policy.engine" if serving else "rollout.engine_kind"
+            key = _key(serving)
             raise ModelError(
                 f"{key} = 'vllm' needs vLLM, which is not installed where the engine runs",
                 mend="pip install 'stateset-ray[vllm]' there; for CPUs: make vllm; "
@@ -205,6 +205,11 @@ class VllmEngine:
             raise RuntimeError("its prefix cache was not emptied")
 
 
+def _key(serving: bool) -> str:
+    """The setting that chose this engine."""
+    return "policy.engine" if serving else "rollout.engine_kind"
+
+
 def _sampled(output: Any, top: int) -> list[Sampled]:
     """The tokens of a part of an answer, each with the likeliest ones."""
     found = []
@@ -240,7 +245,7 @@ def _start(model: str, slots: int, max_context: int, hardware: Hardware, serving
         raise ModelError(
             f"vLLM cannot serve the model: {type(error).__name__}: {error}",
             given=model,
-            mend="its own log above says why; rollout.engine_kind = 'transformers' serves it without vLLM",
+            mend=f"its own log above says why; {_key(serving)} = 'transformers' serves it without vLLM",
         ) from error
 
 

@@ -164,7 +164,7 @@ class PolicyReplica:
         if self._watch is not None and self._watch.done():
             raise InfrastructureFault("the watcher of checkpoints has ended")
         if self._held is not None and self._held.engine.dead:
-            raise InfrastructureFault("the engine has died")
+            raise InfrastructureFault("the engine has died", mend="its log says why; Serve starts another")
 
     async def swap(self, candidate: Candidate) -> bool:
         """Let another version answer from the next request on; False if it may not.
