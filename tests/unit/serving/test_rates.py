@@ -1,4 +1,4 @@
-"""How much a key may ask for, where several ingress replicas count together in a real Redis."""
+"""How much a key may ask for, in one ingress replica and where several count together in a real Redis."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.rates import Rates
@@ -23,6 +25,55 @@ async def told(rates: Rates, caller: str) -> str:
     except ApiError as error:
         return f"{error.code}, again later" if 1 <= (error.retry_after or 0) <= 120 else error.code
     return "counted"
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 40)), max_size=40), st.integers(0, 4))
+def test_no_window_of_a_minute_holds_more_than_is_allowed_and_none_less(arrivals, most):
+    now = [0.0]
+    rates = Rates(RateSettings(requests=f"{most}/minute"), lambda: now[0])
+
+    async def play():
+        counted: dict[str, list[float]] = {"a": [], "b": []}
+        for caller, pause in arrivals:
+            now[0] += pause
+            within = [at for at in counted[caller] if at > now[0] - 60]
+            result = await told(rates, caller)
+            assert result == ("counted" if len(within) < most else REFUSED)
+            if result == "counted":
+                counted[caller].append(now[0])
+
+    asyncio.run(play())
+
+
+def test_who_is_refused_is_told_when_there_is_room_again():
+    now = [0.0]
+    rates = Rates(RateSettings(requests="2/minute"), lambda: now[0])
+
+    async def play():
+        for at in (0.0, 20.0):
+            now[0] = at
+            await rates.count("a")
+        now[0] = 30.0
+        with pytest.raises(ApiError) as refused:
+            await rates.count("a")
+        assert refused.value.retry_after == 30.0
+        now[0] += 30.0
+        await rates.count("a")
+
+    asyncio.run(play())
+
+
+def test_callers_who_stay_away_are_forgotten():
+    now = [0.0]
+    rates = Rates(RateSettings(requests="2/minute"), lambda: now[0])
+
+    async def play():
+        for number in range(300):
+            now[0] += 1
+            await rates.count(f"caller {number}")
+
+    asyncio.run(play())
+    assert len(rates._own._begun) <= 120
 
 
 def test_ingress_replicas_count_together(redis_url):
