@@ -29,27 +29,29 @@ class Proxies:
 
     def __init__(self, find: Callable[[str], Any]) -> None:
         self._find = find
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, tuple[Any, Callable[[Any], Awaitable[bytes]]]] = {}
 
     def receiving(self, name: str) -> Callable[[Any], Awaitable[bytes]]:
         """What reads messages of a request from a proxy, as Serve calls it."""
         self._actor(name)  # errors of the look-up belong here
 
         async def receive(metadata: Any) -> bytes:
-            actor = self._actor(name)
+            actor, ask = self._actor(name)
             try:
-                found: bytes = await actor.receive_asgi_messages.remote(metadata)
+                found: bytes = await ask(metadata)
             except RayActorError:
-                if self._known.get(name) is actor:  # a proxy that is started again has its name again
+                if self._known.get(name, (None,))[0] is actor:  # one that is started again has its name again
                     del self._known[name]
-                found = await self._actor(name).receive_asgi_messages.remote(metadata)
+                found = await self._actor(name)[1](metadata)
             return found
 
         return receive
 
-    def _actor(self, name: str) -> Any:
+    def _actor(self, name: str) -> tuple[Any, Callable[[Any], Awaitable[bytes]]]:
+        """A proxy, and its method: made once too, since Ray makes one for each time that it is named."""
         if name not in self._known:
-            self._known[name] = self._find(name)
+            actor = self._find(name)
+            self._known[name] = actor, actor.receive_asgi_messages.remote
         return self._known[name]
 
 
