@@ -54,7 +54,12 @@ from benchmarks.scaled_cluster import ENVIRONMENT, HEAD_ID, MARK, alive, scaled
 from benchmarks.serving_clients import Client, Told, crowd, percentiles, summary
 from benchmarks.serving_endpoint import Endpoint, free_port
 from stateset_ray.metrics import versions
-from stateset_ray.serving.settings import AutoscalingSettings, ConversationSettings, RateSettings
+from stateset_ray.serving.settings import (
+    SERVE_LOGGING,
+    AutoscalingSettings,
+    ConversationSettings,
+    RateSettings,
+)
 
 __all__ = ["SCENARIOS", "main"]
 
@@ -109,7 +114,11 @@ def _nodes(_: argparse.Namespace) -> dict[str, Any]:
             max_replicas=3, target_tokens=60.0, upscale_delay=2.0, downscale_delay=10.0, interval=1.0
         )
         made.settings = made.settings.model_copy(update={"autoscaling": scaling})
-        serve.start(http_options={"host": "127.0.0.1", "port": made.port}, proxy_location="HeadOnly")
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": made.port},
+            proxy_location="HeadOnly",
+            logging_config=SERVE_LOGGING,
+        )
         try:
             # So that no two replicas fit on a node of two CPUs, but the ingress beside one does.
             made.deploy(replicas=1, cpus=1.5, queued=64, surge=0)
@@ -178,7 +187,11 @@ def _gcs(options: argparse.Namespace) -> dict[str, Any]:
                 "conversations": ConversationSettings(store=f"{url}/1"),
                 "rates": RateSettings(requests="10000000/minute", concurrent=100_000, storage=f"{url}/2"),
             })  # fmt: skip
-            serve.start(http_options={"host": "127.0.0.1", "port": made.port}, proxy_location="HeadOnly")
+            serve.start(
+                http_options={"host": "127.0.0.1", "port": made.port},
+                proxy_location="HeadOnly",
+                logging_config=SERVE_LOGGING,
+            )
             made.deploy()
             return _without_gcs(made, cluster.head_node, options)
         finally:

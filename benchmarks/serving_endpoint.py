@@ -27,6 +27,7 @@ from stateset_ray.serving.app import build
 from stateset_ray.serving.deploy_file import deploy_file
 from stateset_ray.serving.security import add_key
 from stateset_ray.serving.settings import (
+    SERVE_LOGGING,
     PolicySettings,
     RateSettings,
     SecuritySettings,
@@ -180,7 +181,11 @@ def endpoint(
         log_to_driver=False, logging_level="ERROR", _temp_dir=str(folder / "ray"),
     )  # fmt: skip
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": made.port}, proxy_location="HeadOnly")
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": made.port},
+            proxy_location="HeadOnly",
+            logging_config=SERVE_LOGGING,
+        )
         made.deploy()
         yield made
     finally:

@@ -31,7 +31,7 @@ from stateset_ray.serving.security import (
     entries,
     is_loopback,
 )
-from stateset_ray.serving.settings import ServeSettings
+from stateset_ray.serving.settings import SERVE_LOGGING, ServeSettings
 from stateset_ray.serving.source import Source
 from stateset_ray.serving.stores import open_store
 from stateset_ray.settings import apply_override, validated
@@ -238,11 +238,9 @@ def _run(
         ray_serve.start(
             http_options=http_options(settings, host, port),
             proxy_location="HeadOnly" if alone else "EveryNode",
-            logging_config={"encoding": "JSON"},
+            logging_config=SERVE_LOGGING,
         )
-        ingress = ray_serve.run(
-            build(settings), name=APPLICATION, route_prefix="/", logging_config={"encoding": "JSON"}
-        )
+        ingress = ray_serve.run(build(settings), name=APPLICATION, route_prefix="/")
     except Exception as error:  # Serve raises RuntimeError, with the replicas' traceback as text
         if alone:
             ray_serve.shutdown()

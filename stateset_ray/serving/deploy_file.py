@@ -17,7 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from stateset_ray.errors import ConfigError
 from stateset_ray.serving.security import is_loopback
-from stateset_ray.serving.settings import ServeSettings
+from stateset_ray.serving.settings import SERVE_LOGGING, ServeSettings
 from stateset_ray.settings import validated
 
 __all__ = ["APPLICATION", "IMPORT_PATH", "check_deploy_file", "deploy_file", "http_options", "unknown_keys"]
@@ -41,13 +41,12 @@ def deploy_file(settings: ServeSettings, host: str, port: int, name: str = "FILE
     tree = {
         "proxy_location": "EveryNode",
         "http_options": http_options(settings, host, port),
-        "logging_config": {"encoding": "JSON"},
+        "logging_config": dict(SERVE_LOGGING),
         "applications": [
             {
                 "name": APPLICATION,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "logging_config": {"encoding": "JSON"},
                 "args": settings.model_dump(mode="json", exclude_defaults=True),
             }
         ],

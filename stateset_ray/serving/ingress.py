@@ -29,7 +29,7 @@ from stateset_ray.serving.redaction import RedactingFilter
 from stateset_ray.serving.room import RoomyPolicies
 from stateset_ray.serving.routes import routes
 from stateset_ray.serving.security import KeyRing
-from stateset_ray.serving.settings import ServeSettings
+from stateset_ray.serving.settings import SERVE_LOGGING, ServeSettings
 from stateset_ray.serving.transcript_log import SampledPolicies, TranscriptLog
 
 __all__ = ["INGRESS_ENVIRONMENT", "Ingress", "ServePolicies", "drained", "ingress_deployment"]
@@ -182,4 +182,5 @@ def ingress_deployment(settings: ServeSettings) -> Any:
         max_ongoing_requests=settings.ingress_ongoing,
         max_surge_percent=50,  # they are small: an update stops none before there is another
         graceful_shutdown_timeout_s=settings.deadlines.drain,
+        logging_config=SERVE_LOGGING,
     )

@@ -7,7 +7,7 @@ from typing import Any
 from ray import serve
 
 from stateset_ray.serving.replica import PolicyReplica
-from stateset_ray.serving.settings import ServeSettings
+from stateset_ray.serving.settings import SERVE_LOGGING, ServeSettings
 
 __all__ = ["policy_deployment"]
 
@@ -60,6 +60,7 @@ def policy_deployment(settings: ServeSettings) -> Any:
         max_queued_requests=policy.queued,
         max_surge_percent=policy.surge,
         graceful_shutdown_timeout_s=settings.deadlines.drain,
+        logging_config=SERVE_LOGGING,
         request_router_config={
             "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter",
             # Where a conversation's own replica is full or dead, the next on the ring answers it.

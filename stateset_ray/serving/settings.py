@@ -14,6 +14,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
+    "SERVE_LOGGING",
     "AgentSettings",
     "AutoscalingSettings",
     "ConversationSettings",
@@ -29,6 +30,10 @@ __all__ = [
 ]
 
 _Scope = Literal["chat", "agent", "admin"]
+
+SERVE_LOGGING = {"encoding": "JSON", "enable_access_log": False}
+"""How Serve's proxies and replicas log. The gate writes one line for each request, which says more than those
+that proxy, ingress and policy would each write of it."""
 
 
 class _Section(BaseModel):

@@ -31,6 +31,7 @@ from stateset_ray.policies.renderer import Renderer
 from stateset_ray.policies.transformers_engine import TransformersEngine
 from stateset_ray.serving.security import add_key
 from stateset_ray.serving.settings import (
+    SERVE_LOGGING,
     AgentSettings,
     AutoscalingSettings,
     ConversationSettings,
@@ -110,7 +111,11 @@ def endpoint(local_ray, tmp_path_factory):
     )
     made = Endpoint("", add_key(keys, "shop"), add_key(keys, "boss", admin=True), folder / "shop", keys)
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        proxy_location="HeadOnly",
+        logging_config=SERVE_LOGGING,
+    )
     serve.run(build(settings), name="policy", route_prefix="/")
     made.url = f"http://127.0.0.1:{port}"
     yield made
