@@ -4,15 +4,19 @@ import asyncio
 import math
 import shutil
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from stateset_ray import checkpoint
+from stateset_ray.config import load_config
 from stateset_ray.errors import ModelError
 from stateset_ray.serving.events import Ask, Began, Ended, Piece, Refused
 from stateset_ray.serving.held_policy import load_policy
-from stateset_ray.serving.replica import _apart
-from stateset_ray.serving.settings import PolicySettings, ServeSettings
+from stateset_ray.serving.meters import Meters
+from stateset_ray.serving.replica import PolicyReplica, _apart
+from stateset_ray.serving.settings import PolicySettings, ServeSettings, SwapSettings
 from stateset_ray.serving.source import Candidate
 from stateset_ray.types import Message
 
@@ -120,3 +124,73 @@ def test_weights_of_nan_are_refused(folder, hardware, runner, tmp_path):
 
     with pytest.raises(ModelError, match="answer"):
         runner.run(probed())
+
+
+class Uncounted:
+    """A metric that nobody reads."""
+
+    def inc(self, *_, **__):
+        pass
+
+    set = observe = inc
+
+
+def saved(run, step, model):
+    def write(to):
+        shutil.copytree(model, to, dirs_exist_ok=True)
+
+    checkpoint.save(run / "checkpoints", step, write, meta={"version": step, "results": {}}, keep=9)
+
+
+def test_a_newer_checkpoint_is_taken_over_while_requests_are_answered(folder, other, runner, tmp_path):
+    run = Path(tmp_path / "shop")
+    run.mkdir()
+    settings = [
+        f"model.name={folder}",
+        "model.threads=1",
+        "model.device=cpu",
+        f"rollout.max_context={CONTEXT}",
+    ]
+    (run / "config.toml").write_text(load_config(None, settings).to_toml(), encoding="utf-8")
+    saved(run, 1, folder)
+    replica = PolicyReplica(
+        ServeSettings(
+            source=str(run), policy=PolicySettings(slots=4, engine="vllm"),
+            swap=SwapSettings(poll_seconds=0.1),
+        ),
+        Meters(lambda metric: Uncounted()),
+    )  # fmt: skip
+    answered = []
+
+    async def client(number, over):
+        while not over.is_set():
+            events = await events_of(replica, ask(f"{number}-{len(answered)}", "word", max_tokens=40))
+            assert isinstance(events[-1], Ended), "a request failed"
+            answered.append((events[0].version, text(events)))
+
+    async def play():
+        await replica.start()
+        over = asyncio.Event()
+        clients = [asyncio.create_task(client(number, over)) for number in range(3)]
+        first = await replica.status()
+        await asyncio.to_thread(saved, run, 2, other)
+        async with asyncio.timeout(120):
+            while (now := await replica.status())["version"] == first["version"]:
+                assert not now["problem"]
+                assert not any(one.done() for one in clients)
+                await asyncio.sleep(0.02)
+            count = len(answered)
+            while len(answered) < count + 6:
+                await asyncio.sleep(0.02)
+        over.set()
+        await asyncio.gather(*clients)
+        replica._watch.cancel()
+        await replica._held.retire()
+        return first["version"], now["version"]
+
+    before, after = runner.run(play())
+    assert after.startswith("step-00000002")
+    texts = {version: {said for under, said in answered if under == version} for version in (before, after)}
+    assert {version for version, _ in answered} == {before, after}
+    assert all(len(said) == 1 for said in texts.values()), "an answer is of one version"
+    assert texts[before] != texts[after]
