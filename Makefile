@@ -18,7 +18,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow gpu vllm lint format clean
+.PHONY: help install demo test slow gpu vllm lint format sbom clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -66,6 +66,11 @@ lint: install  ## style, format, types
 format: install  ## mend what ruff can mend
 	$(BIN)/ruff check -q --fix
 	$(BIN)/ruff format -q
+
+sbom: install  ## build/sbom.json: all that is installed, for scanners of known holes (CycloneDX)
+	@$(PYTHON) -m venv build/sbom
+	@build/sbom/bin/python -m pip install -q --disable-pip-version-check cyclonedx-bom==7.5.0
+	build/sbom/bin/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-reproducible -o build/sbom.json
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
