@@ -293,6 +293,38 @@ def test_what_cannot_work_is_told_at_once(cluster: Cluster, project: Path, tmp_p
         assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("token", [None, "f" * 64])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/api/jobs/"), ("POST", "/api/jobs/"), ("DELETE", "/api/jobs/never"),
+        ("GET", "/api/cluster_status"), ("GET", "/nodes?view=summary"), ("GET", "/logical/actors"),
+        ("GET", "/api/serve/applications/"), ("PUT", "/api/serve/applications/"),
+        ("DELETE", "/api/serve/applications/"),
+    ],
+)  # fmt: skip
+def test_strangers_get_nothing_from_the_dashboard(
+    cluster: Cluster, method: str, path: str, token: str | None
+) -> None:
+    headers = {"content-type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    body = b"{}" if method in ("POST", "PUT") else None
+    request = urllib.request.Request(cluster.address + path, data=body, headers=headers, method=method)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert refused.value.code in (401, 403)
+
+
+def test_the_dashboard_listens_on_loopback_only(cluster: Cluster) -> None:
+    port = int(cluster.address.rpartition(":")[2])
+    listening = {
+        one.laddr.ip
+        for process in cluster.process.children(recursive=True)
+        for one in process.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+    }
+    assert listening == {"127.0.0.1"}
+
+
 # --- longer ones
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,18 @@ def test_the_archive_holds_just_that_and_is_the_same_every_time(tmp_path: Path) 
     (root / "config.toml").write_text("y")
     write_archive(collect(root), tmp_path / "c.zip")
     assert (tmp_path / "a.zip").read_bytes() != (tmp_path / "c.zip").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../out.py", "sub/../../out.py", "{absolute}/out.py"])
+def test_ray_unpacks_nothing_beside_the_folder_of_a_job(tmp_path: Path, name: str) -> None:
+    """Whoever has the token may send an archive that was not made by us."""
+    from ray._private.runtime_env.packaging import unzip_package
+
+    name = name.format(absolute=tmp_path)
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("config.toml", "x")
+        archive.writestr(name, "x")
+    target = tmp_path / "target"
+    with suppress(Exception):  # to refuse it is well, too
+        unzip_package(str(tmp_path / "evil.zip"), str(target), False, False)
+    assert sorted(path.name for path in tmp_path.iterdir() if path != target) == ["evil.zip"]
