@@ -39,6 +39,7 @@ REDIS_PASSWORD = "STATESET_RAY_REDIS_PASSWORD"
 """The environment variable with the password of Redis, on every node: in settings it would stand in files."""
 
 _log = logging.getLogger(__name__)
+_HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 _PREFIX = "sk-ssr-"
 _SHORTEST = 16  # characters of a key from the environment; less can be guessed
 
@@ -182,10 +183,16 @@ def check_tls(settings: SecuritySettings) -> None:
     """Read the certificate and its key, before Serve does so in a process whose errors nobody sees.
 
     Raises:
-        ConfigError: they cannot be read, do not fit each other, or the key can be read by others.
+        ConfigError: they cannot be read, do not fit each other, or the key can be read by others; or HAProxy
+            is to stand before the replicas, which expects plain HTTP of them and would never find one.
     """
     if settings.tls_cert is None or settings.tls_key is None:
         return
+    if os.environ.get(_HAPROXY, "0") == "1":
+        raise ConfigError(
+            "Serve's HAProxy speaks no TLS", given=f"security.tls_cert and {_HAPROXY}=1",
+            mend=f"let what stands before it speak TLS, or unset {_HAPROXY}",
+        )  # fmt: skip
     try:
         if settings.tls_key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(
