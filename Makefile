@@ -69,7 +69,7 @@ format: install  ## mend what ruff can mend
 
 sbom: install  ## build/sbom.json: all that is installed, for scanners of known holes (CycloneDX)
 	@$(PYTHON) -m venv build/sbom
-	@build/sbom/bin/python -m pip install -q --disable-pip-version-check cyclonedx-bom==7.5.0
+	@build/sbom/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) cyclonedx-bom==7.5.0
 	build/sbom/bin/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-reproducible -o build/sbom.json
 
 clean:  ## remove the virtual environment and caches; runs/ stays

@@ -29,6 +29,7 @@ from benchmarks.serving_clients import HI, percentiles
 from benchmarks.serving_endpoint import PATIENCE, Endpoint
 from stateset_ray.serving.events import Ask
 from stateset_ray.serving.ingress import INGRESS_ENVIRONMENT
+from stateset_ray.serving.settings import SERVE_LOGGING
 from stateset_ray.types import Message
 
 __all__ = ["overhead"]
@@ -190,6 +191,7 @@ def _bare() -> Any:
     deployment = serve.deployment(
         serve.ingress()(_Bare), name="Bare", num_replicas=2, max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_ENVIRONMENT}},
+        logging_config=SERVE_LOGGING,
     )  # fmt: skip
     return deployment.bind()
 

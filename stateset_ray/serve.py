@@ -27,6 +27,7 @@ from stateset_ray.serving.security import (
     ENVIRONMENT,
     KeyRing,
     add_key,
+    check_haproxy,
     check_tls,
     entries,
     is_loopback,
@@ -162,6 +163,7 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
     settings = validated(ServeSettings, tree, "--set")
     KeyRing(settings.security)
     check_tls(settings.security)
+    check_haproxy(settings.security, host)
     from stateset_ray.serving.verification import checked  # brings torch, which the lines above do not need
 
     found = Source(settings.source)

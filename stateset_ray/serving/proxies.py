@@ -19,6 +19,8 @@ from ray.serve._private.constants import SERVE_NAMESPACE
 
 __all__ = ["Proxies", "remember_proxies"]
 
+_Receive = Callable[[Any], Awaitable[bytes]]
+
 
 class Proxies:
     """Handles of proxies by name.
@@ -29,25 +31,25 @@ class Proxies:
 
     def __init__(self, find: Callable[[str], Any]) -> None:
         self._find = find
-        self._known: dict[str, tuple[Any, Callable[[Any], Awaitable[bytes]]]] = {}
+        self._known: dict[str, tuple[Any, _Receive]] = {}
 
-    def receiving(self, name: str) -> Callable[[Any], Awaitable[bytes]]:
+    def receiving(self, name: str) -> _Receive:
         """What reads messages of a request from a proxy, as Serve calls it."""
         self._actor(name)  # errors of the look-up belong here
 
         async def receive(metadata: Any) -> bytes:
-            actor, ask = self._actor(name)
+            proxy = self._actor(name)
             try:
-                found: bytes = await ask(metadata)
+                found = await proxy[1](metadata)
             except RayActorError:
-                if self._known.get(name, (None,))[0] is actor:  # one that is started again has its name again
+                if self._known.get(name) is proxy:  # one that is started again has its name again
                     del self._known[name]
                 found = await self._actor(name)[1](metadata)
             return found
 
         return receive
 
-    def _actor(self, name: str) -> tuple[Any, Callable[[Any], Awaitable[bytes]]]:
+    def _actor(self, name: str) -> tuple[Any, _Receive]:
         """A proxy, and its method: made once too, since Ray makes one for each time that it is named."""
         if name not in self._known:
             actor = self._find(name)
@@ -59,8 +61,8 @@ def remember_proxies() -> None:
     """Let the requests of this process find their proxies here."""
     proxies = Proxies(lambda name: ray.get_actor(name, namespace=SERVE_NAMESPACE))
 
-    def receive_asgi_messages(request: Any) -> Callable[[Any], Awaitable[bytes]]:
-        given: Callable[[Any], Awaitable[bytes]] | None = request._receive_asgi_messages
+    def receive_asgi_messages(request: Any) -> _Receive:
+        given: _Receive | None = request._receive_asgi_messages
         return given or proxies.receiving(request._proxy_actor_name)
 
     # Serve has no place for it of its own.

@@ -29,8 +29,8 @@ from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.settings import KeyEntry, SecuritySettings
 
 __all__ = [
-    "ENVIRONMENT", "REDIS_PASSWORD", "Caller", "KeyRing", "add_key", "check_tls", "digest", "entries",
-    "is_loopback", "with_password",
+    "ENVIRONMENT", "REDIS_PASSWORD", "Caller", "KeyRing", "add_key", "check_haproxy", "check_tls", "digest",
+    "entries", "is_loopback", "with_password",
 ]  # fmt: skip
 
 ENVIRONMENT = "STATESET_RAY_API_KEYS"
@@ -183,16 +183,10 @@ def check_tls(settings: SecuritySettings) -> None:
     """Read the certificate and its key, before Serve does so in a process whose errors nobody sees.
 
     Raises:
-        ConfigError: they cannot be read, do not fit each other, or the key can be read by others; or HAProxy
-            is to stand before the replicas, which expects plain HTTP of them and would never find one.
+        ConfigError: they cannot be read, do not fit each other, or the key can be read by others.
     """
     if settings.tls_cert is None or settings.tls_key is None:
         return
-    if os.environ.get(_HAPROXY, "0") == "1":
-        raise ConfigError(
-            "Serve's HAProxy speaks no TLS", given=f"security.tls_cert and {_HAPROXY}=1",
-            mend=f"let what stands before it speak TLS, or unset {_HAPROXY}",
-        )  # fmt: skip
     try:
         if settings.tls_key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(
@@ -207,6 +201,31 @@ def check_tls(settings: SecuritySettings) -> None:
         raise ConfigError(
             f"the certificate of TLS and its key cannot be used: {error}", given=str(settings.tls_cert)
         ) from error
+
+
+def check_haproxy(settings: SecuritySettings, host: str, environ: Mapping[str, str] | None = None) -> None:
+    """Refuse what an endpoint behind Serve's HAProxy could not answer, where this process's environment asks
+    for HAProxy: it would come up, and find none of its ingress replicas.
+
+    Args:
+        host: the address that the endpoint listens on; its ingress replicas listen there, too.
+        environ: by default the process's own.
+
+    Raises:
+        ConfigError: TLS, or an address at which HAProxy does not look for replicas.
+    """
+    if (os.environ if environ is None else environ).get(_HAPROXY) != "1":
+        return
+    if settings.tls_cert is not None:
+        raise ConfigError(
+            "Serve's HAProxy speaks no TLS", given=f"security.tls_cert and {_HAPROXY}=1",
+            mend=f"let what stands before it speak TLS, or unset {_HAPROXY}",
+        )  # fmt: skip
+    if not (is_loopback(host) or host in ("0.0.0.0", "::")):
+        raise ConfigError(
+            "Serve's HAProxy finds ingress replicas that listen on loopback or on all addresses only",
+            given=host, mend=f"give --host 0.0.0.0, or unset {_HAPROXY}",
+        )  # fmt: skip
 
 
 def with_password(url: str, environ: Mapping[str, str] | None = None) -> str:

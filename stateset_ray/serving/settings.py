@@ -32,8 +32,8 @@ __all__ = [
 _Scope = Literal["chat", "agent", "admin"]
 
 SERVE_LOGGING = {"encoding": "JSON", "enable_access_log": False}
-"""How Serve's proxies and replicas log. The gate writes one line for each request, which says more than those
-that proxy, ingress and policy would each write of it."""
+"""How Serve's proxies and replicas log. The gate's line of a request says more than those that proxy, ingress
+and policy would each write of it; probes of health and what is refused for want of room get none."""
 
 
 class _Section(BaseModel):

@@ -172,20 +172,25 @@ def test_a_newer_checkpoint_is_taken_over_while_requests_are_answered(folder, ot
         await replica.start()
         over = asyncio.Event()
         clients = [asyncio.create_task(client(number, over)) for number in range(3)]
-        first = await replica.status()
-        await asyncio.to_thread(saved, run, 2, other)
-        async with asyncio.timeout(120):
-            while (now := await replica.status())["version"] == first["version"]:
-                assert not now["problem"]
-                assert not any(one.done() for one in clients)
-                await asyncio.sleep(0.02)
+        try:
+            first = await replica.status()
+            await asyncio.to_thread(saved, run, 2, other)
             count = len(answered)
-            while len(answered) < count + 6:
-                await asyncio.sleep(0.02)
-        over.set()
-        await asyncio.gather(*clients)
-        replica._watch.cancel()
-        await replica._held.retire()
+            async with asyncio.timeout(120):
+                while (now := await replica.status())["version"] == first["version"]:
+                    assert not now["problem"]
+                    assert not any(one.done() for one in clients)
+                    await asyncio.sleep(0.02)
+                assert len(answered) > count, "nobody was answered while the newer one was loaded"
+                count = len(answered)
+                while len(answered) < count + 6:
+                    await asyncio.sleep(0.02)
+            over.set()
+            await asyncio.gather(*clients)
+        finally:
+            for one in (*clients, replica._watch):
+                one.cancel()
+            await replica._held.retire()
         return first["version"], now["version"]
 
     before, after = runner.run(play())

@@ -90,7 +90,7 @@ def test_a_cluster_that_is_joined_needs_keys(run):
         serve(prepared(str(run), [], "127.0.0.1", None), host="127.0.0.1", port=0, address="10.0.0.1:1")
 
 
-def test_tls_is_checked_before_anything_starts_and_told_to_serve(run, tmp_path, monkeypatch):
+def test_tls_is_checked_before_anything_starts_and_told_to_serve(run, tmp_path):
     pytest.importorskip("cryptography")
     certificate, key = support["write_certificate"](tmp_path)
     _, other = support["write_certificate"](tmp_path, "other")
@@ -101,13 +101,24 @@ def test_tls_is_checked_before_anything_starts_and_told_to_serve(run, tmp_path, 
     key.chmod(0o640)
     assert "read by others" in told(*arguments, certificate, key, code=2)
     key.chmod(0o600)
-    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    assert "HAProxy speaks no TLS" in told(*arguments, certificate, key, code=2)
-    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY")
     told(*arguments, certificate, key)
     options = yaml.safe_load((tmp_path / "policy.yaml").read_text())["http_options"]
     assert (options["ssl_certfile"], options["ssl_keyfile"]) == (str(certificate), str(key))
     told("--check", "policy.yaml")
+
+
+def test_haproxy_is_asked_for_nothing_that_it_could_not_answer(run, tmp_path, monkeypatch):
+    pytest.importorskip("cryptography")
+    certificate, key = support["write_certificate"](tmp_path)
+    keys = tmp_path / "keys.json"
+    told("--keys", keys, "--new-key", "shop")
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    arguments = (run, "--keys", keys, "--write", "policy.yaml")
+    assert "HAProxy speaks no TLS" in told(*arguments, "--tls", certificate, key, code=2)
+    assert "finds ingress replicas" in told(*arguments, "--host", "10.0.0.5", code=2)
+    told(*arguments, "--host", "0.0.0.0")
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    told(run, "--keys", keys, "--write", "other.yaml", "--host", "10.0.0.5")
 
 
 def test_a_folder_of_transcripts_is_named_in_full(run, tmp_path):

@@ -23,7 +23,7 @@ def tree():
 
 def test_what_is_written_is_what_serve_builds(tree):
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as built
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import LoggingConfig, ServeDeploySchema
 
     from stateset_ray.serving.app import build
 
@@ -35,6 +35,11 @@ def test_what_is_written_is_what_serve_builds(tree):
     policy = application._bound_deployment.init_args[1]._bound_deployment
     assert (policy.name, policy.num_replicas) == ("Policy", 2)
     assert application._bound_deployment.name == "Ingress"
+    told = [schema.logging_config, application._bound_deployment, policy]
+    for one in told:
+        config = getattr(one, "_deployment_config", None)
+        logging = LoggingConfig(**config.logging_config) if config else one
+        assert (logging.encoding, logging.enable_access_log) == ("JSON", False), "the gate writes the lines"
     assert ServeSettings.model_validate(tree["applications"][0]["args"]) == SETTINGS
     with pytest.raises(ValueError, match="polcy"):
         built(build, {"source": "tiny", "polcy": {}})

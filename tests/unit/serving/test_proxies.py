@@ -15,8 +15,12 @@ from stateset_ray.serving.proxies import Proxies, remember_proxies
 
 class Proxy:
     def __init__(self, life):
-        self.life, self.dead = life, False
-        self.receive_asgi_messages = self
+        self.life, self.dead, self.made = life, False, 0
+
+    @property
+    def receive_asgi_messages(self):
+        self.made += 1
+        return self
 
     async def remote(self, metadata):
         if self.dead:
@@ -43,6 +47,7 @@ def test_a_proxy_is_looked_up_once():
     known = Proxies(found)
     for number in range(5):
         assert asyncio.run(known.receiving("p")(number)) == f"{number} from life 1".encode()
+    assert found.proxy.made == 1, "its method too"
     asyncio.run(known.receiving("q")(0))
     assert found.asked == ["p", "q"]
 
