@@ -22,6 +22,9 @@ import torch
 __all__ = ["PackedLinear", "Piece", "usable"]
 
 _ROWS = 32  # the number of rows that the layout is chosen for; any number works with it
+# Fewer rows take kernels that are a tenth slower than that of four; and a single one's gives other last bits
+# than the same row has in a batch.
+_FEWEST = 4
 
 
 @cache
@@ -131,11 +134,19 @@ class PackedLinear(torch.nn.Module):
         assert self._packed is not None  # nothing is asked of an engine without weights
         flat = rows.reshape(-1, self.in_features)
         added = None if plus is None else plus.reshape(-1, self.out_features)
-        # A single row would take another kernel, and with it other last bits than the same row in a batch.
-        if single := len(flat) == 1:
-            flat, added = flat.expand(2, -1), None if added is None else added.expand(2, -1)
+        count = len(flat)
+        if count < _FEWEST:
+            flat = _filled_up(flat)
+            added = None if added is None else _filled_up(added)
         if added is None:
             out = _multiply(flat, self._packed, self._bias)
         else:
             out = _multiply_add(flat, self._packed, self._bias, added)
-        return (out[:1] if single else out).view(*rows.shape[:-1], self.out_features)
+        return out[:count].view(*rows.shape[:-1], self.out_features)
+
+
+def _filled_up(rows: torch.Tensor) -> torch.Tensor:
+    """As many rows as the quickest kernel for few of them takes; who fills up does not matter."""
+    if len(rows) == 1:
+        return rows.expand(_FEWEST, -1)
+    return torch.cat((rows, rows[: _FEWEST - len(rows)]))
