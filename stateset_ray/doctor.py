@@ -42,7 +42,7 @@ Status = Literal["ok", "note", "warn", "fail"]
 
 TESTED = {
     "ray": ("2.60", "2.60"),
-    "torch": ("2.6", "2.13"),
+    "torch": ("2.10", "2.13"),
     "transformers": ("5.23", "5.23"),
     "deepspeed": ("0.19", "0.19"),
 }
