@@ -1,7 +1,7 @@
 """Linear layers in the CPU's own layout, for a model that only answers.
 
-oneDNN multiplies by a weight that it has laid out itself. That is quicker than by a plain matrix, most of
-all for the few rows of a decoding step (docs/speed.md has the figures), and a row's result does not depend
+oneDNN multiplies by a weight that it has laid out itself. How quick that is beside a plain matrix depends on
+the machine and the number of rows (docs/speed.md has the figures); a row's result does not depend
 on how many other rows are beside it. It serves inference only: there is no gradient, and the plain matrix
 is gone, so that no weight is held twice.
 
@@ -147,6 +147,4 @@ class PackedLinear(torch.nn.Module):
 
 def _filled_up(rows: torch.Tensor) -> torch.Tensor:
     """As many rows as the quickest kernel for few of them takes; who fills up does not matter."""
-    if len(rows) == 1:
-        return rows.expand(_FEWEST, -1)
-    return torch.cat((rows, rows[: _FEWEST - len(rows)]))
+    return torch.cat((rows,) * _FEWEST)[:_FEWEST]

@@ -107,8 +107,7 @@ class Rates:
 class _Window:
     """Counts in this process what was asked for in the last seconds, by caller.
 
-    The library's own memory copies a caller's whole window and wakes another thread for every request, which
-    takes longer than all else that an ingress does before it asks the policy.
+    The library's own memory copies a caller's whole window and wakes another thread for every request.
 
     Args:
         most: requests that one caller may begin within `seconds`.

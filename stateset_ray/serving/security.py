@@ -203,18 +203,17 @@ def check_tls(settings: SecuritySettings) -> None:
         ) from error
 
 
-def check_haproxy(settings: SecuritySettings, host: str, environ: Mapping[str, str] | None = None) -> None:
+def check_haproxy(settings: SecuritySettings, host: str) -> None:
     """Refuse what an endpoint behind Serve's HAProxy could not answer, where this process's environment asks
     for HAProxy: it would come up, and find none of its ingress replicas.
 
     Args:
         host: the address that the endpoint listens on; its ingress replicas listen there, too.
-        environ: by default the process's own.
 
     Raises:
         ConfigError: TLS, or an address at which HAProxy does not look for replicas.
     """
-    if (os.environ if environ is None else environ).get(_HAPROXY) != "1":
+    if os.environ.get(_HAPROXY) != "1":
         return
     if settings.tls_cert is not None:
         raise ConfigError(
