@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,12 @@ from stateset_ray.serving.settings import (
     SwapSettings,
 )
 
-__all__ = ["PATIENCE", "Endpoint", "endpoint", "free_port"]
+__all__ = ["KINDS", "PATIENCE", "Endpoint", "endpoint", "free_port"]
 
 PATIENCE = 120.0  # seconds that anything may take
-_REPLICA = "ray::ServeReplica:policy:"
-_KINDS = {
-    "Policy": f"{_REPLICA}Policy", "Ingress": f"{_REPLICA}Ingress", "bare": "ray::ServeReplica:bare:",
-    "proxy": "ray::ProxyActor",
+KINDS = {
+    "policy": "ray::ServeReplica:policy:Policy", "ingress": "ray::ServeReplica:policy:Ingress",
+    "bare": "ray::ServeReplica:bare:", "proxy": "ray::ProxyActor",
 }  # fmt: skip
 """Of processes: how their names begin."""
 
@@ -126,37 +125,34 @@ class Endpoint:
         checkpoint.save(self.run / "checkpoints", self._step, write, meta=meta, keep=1000)
         return self._step
 
-    def processes(self, kind: str = "") -> dict[int, psutil.Process]:
-        """The replicas' processes by id, of the deployment `Ingress` or `Policy` or of both: only our own."""
+    def processes(self, *kinds: str) -> dict[int, tuple[str, psutil.Process]]:
+        """Their kind and themselves by process id, of some of `KINDS` or all: only our own."""
         found = {}
         for process in psutil.Process().children(recursive=True):
             try:
-                if " ".join(process.cmdline()).startswith(_REPLICA + kind):
-                    found[process.pid] = process
+                name = " ".join(process.cmdline())
             except psutil.Error:
                 continue
+            for kind in kinds or KINDS:
+                if name.startswith(KINDS[kind]):
+                    found[process.pid] = kind, process
         return found
 
     def cpu_seconds(self) -> dict[str, float]:
-        """That were used so far: by the replicas, by Serve's proxy, by this process (the clients)."""
-        used = dict.fromkeys(_KINDS, 0.0) | {"clients": 0.0}
-        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-            try:
-                name, times = " ".join(process.cmdline()), process.cpu_times()
-            except psutil.Error:
-                continue
-            kinds = [kind for kind, start in _KINDS.items() if name.startswith(start)]
-            for kind in ["clients"] if process.pid == os.getpid() else kinds:
-                used[kind] += times.user + times.system
-        return used
+        """That were used so far: by `KINDS` of processes, and by this one (the clients)."""
+        used = dict.fromkeys(KINDS, 0.0)
+        for kind, process in self.processes().values():
+            with suppress(psutil.Error):
+                used[kind] += sum(process.cpu_times()[:2])
+        return used | {"clients": sum(psutil.Process().cpu_times()[:2])}
 
     def kill_ingress(self) -> None:
         """SIGKILL to one ingress replica; returns when there are as many again."""
-        before = self.processes("Ingress")
+        before = self.processes("ingress")
         victim = next(iter(before))
         os.kill(victim, signal.SIGKILL)
         end = time.monotonic() + PATIENCE
-        while len(self.processes("Ingress").keys() - {victim}) < len(before):
+        while len(self.processes("ingress").keys() - {victim}) < len(before):
             if time.monotonic() > end:
                 raise TimeoutError("the ingress replica does not come back")
             time.sleep(0.1)

@@ -164,7 +164,7 @@ def disconnects(endpoint: Endpoint, count: int = 1000) -> dict[str, Any]:
     """Streams whose client leaves at the first token, twenty at a time; then what is left of them."""
 
     def state() -> dict[str, Any]:
-        processes = endpoint.processes().values()
+        processes = [process for _, process in endpoint.processes("policy", "ingress").values()]
         found = endpoint.replicas()
         return {
             "running": sum(r["running"] for r in found),

@@ -14,28 +14,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Any
 
 import aiohttp
 from ray import serve
 
+from benchmarks.serving_bare import BARE, TOKENS, asked, bare, question
 from benchmarks.serving_clients import HI, percentiles
 from benchmarks.serving_endpoint import PATIENCE, Endpoint
-from stateset_ray.serving.events import Ask
-from stateset_ray.serving.ingress import INGRESS_ENVIRONMENT
-from stateset_ray.serving.settings import SERVE_LOGGING
-from stateset_ray.types import Message
 
 __all__ = ["overhead"]
 
 _LAYERS = ("handle", "bare", "endpoint")
-_TOKENS = 20
 _TIMES = 100  # that each layer is asked, one question at a time
 _LONGEST = 10  # times as long as the other measurements, and it is cut; for models that take seconds
 _WARM_UP = 5
@@ -47,11 +40,8 @@ _Once = Callable[[], Awaitable[Any]]
 
 def overhead(endpoint: Endpoint) -> dict[str, Any]:
     """A greedy reply of 20 tokens by each layer: milliseconds one at a time, and answers a second of many."""
-    serve.run(_bare(), name="bare", route_prefix="/bare")
-    try:
+    with bare():
         return asyncio.run(_measured(endpoint))
-    finally:
-        serve.delete("bare")
 
 
 async def _measured(endpoint: Endpoint) -> dict[str, Any]:
@@ -136,8 +126,8 @@ def _once(web: aiohttp.ClientSession, endpoint: Endpoint, layer: str, stream: bo
     """Asks a layer once."""
     if layer == "handle":
         return lambda: _by_handle(stream)
-    path = "/bare" if layer == "bare" else "/v1/chat/completions"
-    body = {"model": "bench", "messages": HI, "max_tokens": _TOKENS, "temperature": 0, "stream": stream}
+    path = BARE if layer == "bare" else "/v1/chat/completions"
+    body = {"model": "bench", "messages": HI, "max_tokens": TOKENS, "temperature": 0, "stream": stream}
     headers = {"authorization": f"Bearer {endpoint.key}"}
 
     async def post() -> None:
@@ -148,19 +138,8 @@ def _once(web: aiohttp.ClientSession, endpoint: Endpoint, layer: str, stream: bo
     return post
 
 
-def _question(stream: bool) -> Ask:
-    said = tuple(Message(m["role"], m["content"]) for m in HI)  # type: ignore[arg-type]
-    return Ask(uuid.uuid4().hex, "t", "", said, _TOKENS, 0.0, 1, stream=stream)
-
-
-def _asked(policy: Any, stream: bool) -> Any:
-    """The events of an answer, over the kind of connection that the endpoint has."""
-    options = {"method_name": "answer", "stream": True, "_by_reference": False}
-    return policy.options(**options).remote(_question(stream))
-
-
 async def _by_handle(stream: bool) -> None:
-    async for _ in _asked(serve.get_deployment_handle("Policy", "policy"), stream):
+    async for _ in asked(serve.get_deployment_handle("Policy", "policy"), stream):
         pass
 
 
@@ -178,60 +157,9 @@ async def _of_engine(endpoint: Endpoint) -> list[float]:
     seconds = []
     for _ in range(_WARM_UP + _TIMES):
         begun = time.monotonic()
-        async with aclosing(held.answer(_question(stream=False))) as answer:
+        async with aclosing(held.answer(question(stream=False))) as answer:
             async for _ in answer:
                 pass
         seconds.append(time.monotonic() - begun)
     await held.engine.close()
     return seconds
-
-
-def _bare() -> Any:
-    """The application `bare`, beside the endpoint and before the same policy."""
-    deployment = serve.deployment(
-        serve.ingress()(_Bare), name="Bare", num_replicas=2, max_ongoing_requests=256,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": INGRESS_ENVIRONMENT}},
-        logging_config=SERVE_LOGGING,
-    )  # fmt: skip
-    return deployment.bind()
-
-
-class _Bare:
-    """What Serve builds."""
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return _PassOn(serve.get_deployment_handle("Policy", "policy"))
-
-
-class _PassOn:
-    """Reads a body, asks the policy, writes what it says; nothing else."""
-
-    def __init__(self, policy: Any) -> None:
-        self._policy = policy
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        stream = json.loads(body)["stream"]
-        asked = _asked(self._policy, stream)
-        start = {"type": "http.response.start", "status": 200, "headers": []}
-        if stream:
-            first = await anext(asked)
-            await send(start)
-            await send({"type": "http.response.body", "body": _written(first), "more_body": True})
-            async for events in asked:
-                await send({"type": "http.response.body", "body": _written(events), "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        seen = [event async for events in asked for event in events]
-        await send(start)
-        await send({"type": "http.response.body", "body": _written(seen)})
-
-
-def _written(events: Any) -> bytes:
-    return json.dumps([asdict(event) for event in events]).encode() + b"\n"

@@ -1,4 +1,8 @@
-"""A soak of an endpoint: memory, descriptors and threads of its replicas under load, and how they grow."""
+"""A soak of an endpoint: memory, descriptors and threads of its processes under load, and how they grow.
+
+As many clients ask an ingress that only passes on (`benchmarks.serving_bare`), before the same policy: what
+its processes grow by is Serve's and Ray's.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +10,75 @@ import asyncio
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import aiohttp
 import numpy as np
 import psutil
 
+from benchmarks.serving_bare import BARE, TOKENS, bare
 from benchmarks.serving_clients import crowd, summary
-from benchmarks.serving_endpoint import Endpoint
+from benchmarks.serving_endpoint import PATIENCE, Endpoint
 
 __all__ = ["soak", "theil_sen"]
 
+_CLIENTS = 4  # of each
 _EVERY = 2.0  # seconds between two samples
 _PERIODS = 12  # after the warm-up, at least; each at most a minute long
 _WARM_UP = 1 / 3  # of the time, which is left out: caches and pools fill
 
 
 def soak(endpoint: Endpoint, seconds: float) -> dict[str, Any]:
-    """Four clients ask for so long, each request in a session of its own; a slope for each replica's process.
+    """Four clients ask each of the two for so long, of the endpoint each request in a session of its own.
 
-    Slopes are Theil-Sen's, per minute, with a 95 % confidence interval, of the medians of periods of time,
-    after the first third. Samples a few seconds apart say nearly the same, and the interval of all of them
-    would be far too narrow; of the medians it may still be.
+    Slopes of each process are Theil-Sen's, per minute, with a 95 % confidence interval, of the medians of
+    periods of time, after the first third. Samples a few seconds apart say nearly the same, and the interval
+    of all of them would be far too narrow; of the medians it may still be.
     """
-    samples: dict[tuple[int, str], list[tuple[float, float, int, int]]] = defaultdict(list)
+    samples: dict[tuple[str, int], list[tuple[float, float, int, int]]] = defaultdict(list)
 
     def watch() -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            for kind in ("Ingress", "Policy"):
-                for pid, process in endpoint.processes(kind).items():
-                    try:
-                        row = process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
-                    except psutil.Error:
-                        continue
-                    samples[pid, kind].append((time.monotonic(), *row))
+            for pid, (kind, process) in endpoint.processes().items():
+                try:
+                    row = process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
+                except psutil.Error:
+                    continue
+                samples[kind, pid].append((time.monotonic(), *row))
             time.sleep(_EVERY)
 
-    load = summary(asyncio.run(crowd(endpoint, 4, watch, tokens=20, lasting=False)))
+    with bare():
+        load, passed_on = asyncio.run(_asked(endpoint, watch))
     return {
         "seconds": seconds,
         "load": load,
-        "processes": {f"{kind} {pid}": _grown(rows) for (pid, kind), rows in samples.items()},
+        "bare_requests": passed_on,
+        "processes": {f"{kind} {pid}": _grown(rows) for (kind, pid), rows in sorted(samples.items())},
     }
+
+
+async def _asked(endpoint: Endpoint, watch: Callable[[], None]) -> tuple[dict[str, Any], int]:
+    """What clients of the endpoint were told, and how often the bare ingress answered, while `watch` runs."""
+    over = asyncio.Event()
+
+    async def one(web: aiohttp.ClientSession) -> int:
+        done = 0
+        while not over.is_set():
+            async with web.post(endpoint.url + BARE, json={"stream": True}) as answer:
+                answer.raise_for_status()
+                await answer.read()
+            done += 1
+        return done
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE)) as web:
+        asking = [asyncio.create_task(one(web)) for _ in range(_CLIENTS)]
+        try:
+            told = await crowd(endpoint, _CLIENTS, watch, tokens=TOKENS, lasting=False)
+        finally:
+            over.set()
+        return summary(told), sum(await asyncio.gather(*asking))
 
 
 def _grown(rows: Sequence[tuple[float, float, int, int]]) -> dict[str, Any]:

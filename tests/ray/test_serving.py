@@ -218,6 +218,29 @@ def test_every_error_is_in_one_shape(endpoint):
         assert web.get("/openapi.json").json()["paths"]["/v1/chat/completions"]
 
 
+def test_a_request_has_one_line_in_the_logs(endpoint):
+    """The gate's, of all that proxy, ingress and policy could write; Serve tells a console, too."""
+    from ray._private.worker import _global_node
+
+    logs, mark = Path(_global_node.get_session_dir_path()) / "logs", "line-of-a-request"
+
+    def lines() -> list[str]:
+        files = [file for file in logs.rglob("*") if file.is_file()]
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        return [line for text in texts for line in text.splitlines() if mark in line]
+
+    with endpoint.client() as ai:
+        ai.chat.completions.create(
+            model="shop", messages=HI, max_tokens=4, extra_headers={"x-request-id": mark}
+        )
+    end = time.monotonic() + PATIENCE
+    while not (found := [json.loads(line) for line in lines() if line.startswith("{")]):
+        assert time.monotonic() < end, lines()
+        time.sleep(0.1)
+    assert [line["request_id"] for line in found] == [mark], found
+    assert all(found[0]["message"] in line for line in lines())
+
+
 def test_what_was_trained_is_what_is_served(endpoint):
     """Greedy replies over two turns: those of an engine that is asked as a rollout asks it."""
     folder = str(endpoint.run / "checkpoints" / "step-00000001")
