@@ -9,6 +9,7 @@ Shapes are written with these letters: T tokens of one sample, K sampled tokens 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -19,6 +20,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
+
+from stateset_ray.plain import plain
 
 __all__ = [
     "Message",
@@ -255,8 +258,11 @@ class Trajectory(_Record):
             seen = prompt + turn.token_ids
 
     def to_json(self) -> str:
-        """This trajectory as one line of JSON, without loss."""
-        return _trajectory_adapter().dump_json(self).decode()
+        """This trajectory as one line of JSON, without loss but for what JSON cannot hold (`plain`)."""
+        try:
+            return _trajectory_adapter().dump_json(self).decode()
+        except ValueError:  # in what an environment brought: a task's data, info
+            return json.dumps(plain(self), ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Trajectory:

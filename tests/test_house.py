@@ -24,6 +24,7 @@ PACKAGE = "stateset_ray"
 FLOORS: dict[str, float] = {
     # 1: the ground
     "types": 1, "config": 1, "sections": 1, "objective": 1, "settings": 1, "errors": 1, "deadline": 1,
+    "plain": 1,
     # 2: nouns
     "environments": 2, "rewards": 2, "grpo": 2, "metrics": 2, "checkpoint": 2, "manifest": 2, "models": 2,
     "offline_models": 2, "packing": 2, "storage": 2, "dataset": 2, "committed": 2, "hardware": 2,
@@ -47,6 +48,7 @@ FLOORS: dict[str, float] = {
 SIDEWAYS = {
     ("config", "errors"): "a wrong configuration raises a ConfigError",
     ("settings", "errors"): "so does a wrong override",
+    ("types", "plain"): "a trajectory is written down, whatever an environment put into it",
     ("config", "settings"): "how a page of settings is read is not what stands on it",
     ("config", "objective"): "one page in three files: the objective has a page of its own",
     (

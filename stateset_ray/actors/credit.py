@@ -14,7 +14,6 @@ All scorable trajectories of the step are in the denominator, those without grad
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -61,19 +60,24 @@ def informative(report: GroupReport, config: Config) -> bool:
 
     Where the baseline is the batch's (`reinforce_pp`), a group of equal rewards teaches as well.
     """
-    comparable = sum(reward is not None for reward in report.rewards) > 1
-    return comparable and (config.grpo.advantage == "reinforce_pp" or _differ(report, config))
+    if sum(reward is not None for reward in report.rewards) < 2:
+        return False
+    if config.grpo.advantage == "reinforce_pp":
+        return True
+    return _any(_without_truncated(report, _compared(report, config), config))
 
 
-def _differ(report: GroupReport, config: Config) -> bool:
-    """Whether what turns answer for differs: the returns, or with credit per turn, any turn's reward."""
-    scored = [r for r in _shaped(report, config) if r is not None]
-    names = config.grpo.reward_weights or ("",)
-    by_turn = config.grpo.credit != "outcome"
-    earned = [
-        {tuple(r.get(name, ())) if by_turn else math.fsum(r.get(name, ())) for r in scored} for name in names
-    ]
-    return any(len(different) > 1 for different in earned)
+def _compared(report: GroupReport, config: Config) -> _Credit:
+    """The advantages of a group by itself, up to their scale."""
+    objective = config.grpo
+    if objective.advantage != "max_rl":  # of the others the group's mean decides; the batch only scales
+        objective = objective.model_copy(update={"advantage": "mean"})
+    [credit] = step_advantages([_shaped(report, config)], objective)
+    return credit
+
+
+def _any(credit: _Credit) -> bool:
+    return any(any(advantages) for advantages in credit if advantages)
 
 
 def policy_batch(collected: Collected, config: Config) -> Batch:
@@ -161,17 +165,17 @@ def _shaped(report: GroupReport, config: Config) -> list[Rewards | None]:
     share = 1 / sum(weights.values()) if weights and objective.overlong_share else 1.0
     rewards: list[Rewards | None] = []
     for earned, truncated, sampled in zip(report.turn_rewards, report.truncated, report.sampled, strict=True):
+        if earned is None:
+            rewards.append(None)
+            continue
         penalty = overlong_penalty(sampled, limit, objective)
-        rewards.append(
-            earned
-            and {
-                name: shaped(
-                    turns, truncated=truncated, penalty=penalty * (share if name else 1.0),
-                    objective=objective,
-                )
-                for name, turns in earned.items()
-            }
-        )  # fmt: skip
+        unheard = (0.0,) * len(earned[""])
+        rewards.append({
+            name: shaped(
+                turns, truncated=truncated, penalty=penalty * (share if name else 1.0), objective=objective
+            )
+            for name, turns in {**dict.fromkeys(weights, unheard), **earned}.items()
+        })  # fmt: skip
     return rewards
 
 
@@ -228,12 +232,14 @@ def _update(
 def _facts(collected: Collected, advantages: Sequence[tuple[float, ...]], config: Config) -> dict[str, Any]:
     reports = [handle.report for handle in collected.groups]
     scored = [r for r in reports if sum(reward is not None for reward in r.rewards) > 1]
-    equal = sum(not _differ(report, config) for report in scored)
+    named = {name for report in reports for earned in report.turn_rewards for name in earned or ()}
+    equal = sum(not _any(_compared(report, config)) for report in scored)
     values = list(chain.from_iterable(advantages))
     return {
         "groups": len(reports),
         "equal_reward_groups": equal,
         "equal_reward_share": equal / len(scored) if scored else None,
+        "rewards_named": sorted(named - {""}),
         "advantages": {
             **spread(values), "min": min(values, default=None), "max": max(values, default=None),
         },

@@ -22,6 +22,7 @@ from stateset_ray.actors.publishing.folder import sees
 from stateset_ray.actors.router import Router
 from stateset_ray.config import Config
 from stateset_ray.environments.base import construct, load_environment
+from stateset_ray.environments.boundary import ask_expert
 from stateset_ray.errors import InfrastructureFault
 from stateset_ray.policies.base import Policy
 from stateset_ray.policies.scripted import ScriptedPolicy
@@ -157,7 +158,7 @@ class RolloutWorker:
             environment = construct(self._environment, self._config.environment.options)
             policy: Policy = self._loaded()
             if job.expert:
-                policy = ScriptedPolicy(self._renderer, lambda _: environment.expert())
+                policy = ScriptedPolicy(self._renderer, lambda _: ask_expert(environment))
             return await rollout(
                 environment, job.task, policy, self._renderer, self._config.rollout,
                 id=f"{job.id}/{sample}/{job.attempt}", seed=job.seed, sample=sample,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from numbers import Real
+from typing import Any, cast
 
 from stateset_ray.deadline import DeadlinePassed, within
 from stateset_ray.environments.base import Environment, call
 from stateset_ray.errors import EnvironmentFault, RewardFault
 from stateset_ray.types import Message, Step
 
-__all__ = ["ask", "close"]
+__all__ = ["ask", "ask_expert", "close"]
 
 
 async def ask(environment: Environment, method: str, timeout: float, *args: Any) -> Step:
@@ -40,11 +43,8 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
         raise EnvironmentFault(f"{name} raised CancelledError: what it awaited was cancelled") from error
     except Exception as error:
         raise EnvironmentFault(f"{name} raised {type(error).__name__}: {error}") from error
-    for message in step.messages if isinstance(step, Step) else (None,):
-        if not isinstance(message, Message):
-            raise EnvironmentFault(
-                f"{name} must return a Step whose messages are Message objects", given=repr(step)[:200]
-            )
+    _check_kinds(name, step)
+    for message in step.messages:
         if not _is_text(message.content):
             raise EnvironmentFault(
                 f"{name} returned a message that is no text: half of a surrogate pair, or not a string",
@@ -55,10 +55,49 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
             raise EnvironmentFault(
                 f"{name} returned an assistant message; only the policy speaks as assistant"
             )
+    plain = True
     for reward in (step.reward, *step.rewards.values()):
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise RewardFault(f"{name} gave a reward that is not a finite number", given=reward)
-    return step
+        if not _is_finite(reward):
+            raise RewardFault(f"{name} gave a reward that is not a finite number", given=repr(reward)[:200])
+        plain = plain and isinstance(reward, int | float)
+    if plain:
+        return step
+    rewards = {key: float(value) for key, value in step.rewards.items()}
+    return replace(step, reward=float(step.reward), rewards=rewards)  # numpy's numbers
+
+
+def _check_kinds(name: str, step: object) -> None:
+    """Refuse what is no Step, or one whose fields are not what they are said to be."""
+    if not isinstance(step, Step):
+        raise EnvironmentFault(f"{name} must return a Step", given=repr(step)[:200])
+    messages, rewards, info = cast("tuple[Any, Any, Any]", (step.messages, step.rewards, step.info))
+    for right, what in (
+        (_holds(messages, tuple | list, Message), "messages are Message objects"),
+        (_holds(rewards, Mapping, str), "rewards are numbers by name"),
+        (isinstance(info, Mapping), "info is a mapping"),
+    ):
+        if not right:
+            raise EnvironmentFault(f"{name} must return a Step whose {what}", given=repr(step)[:200])
+
+
+def _holds(several: Any, kind: Any, of: type) -> bool:
+    return isinstance(several, kind) and all(isinstance(one, of) for one in several)
+
+
+def ask_expert(environment: Environment) -> str:
+    """What its expert would reply now.
+
+    Raises:
+        EnvironmentFault: it raised, or said what is no text.
+    """
+    name = f"{type(environment).__name__}.expert"
+    try:
+        said = environment.expert()
+    except Exception as error:
+        raise EnvironmentFault(f"{name} raised {type(error).__name__}: {error}") from error
+    if not _is_text(said):
+        raise EnvironmentFault(f"{name} must return a text", given=repr(said)[:200])
+    return said
 
 
 async def close(environment: Environment, timeout: float) -> str | None:
@@ -75,6 +114,13 @@ async def close(environment: Environment, timeout: float) -> str | None:
     except Exception as error:  # a failing close must not hide how the conversation ended
         return f"{type(environment).__name__}.close raised {type(error).__name__}: {error}"
     return None
+
+
+def _is_finite(reward: object) -> bool:
+    try:
+        return isinstance(reward, Real) and math.isfinite(reward)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _is_text(content: object) -> bool:

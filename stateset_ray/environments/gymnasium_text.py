@@ -13,6 +13,7 @@ from typing import Any
 
 from stateset_ray.environments.base import Environment
 from stateset_ray.errors import ConfigError
+from stateset_ray.plain import plain
 from stateset_ray.types import Message, Step, Task
 
 __all__ = ["GymnasiumText", "named"]
@@ -80,7 +81,7 @@ class GymnasiumText(Environment):
         observation, info = self._env.reset(seed=task.seed % _SEEDS)
         system = (Message("system", self._system),) if self._system else ()
         opening = (*system, Message("user", observation))
-        return Step(opening, info=_plain(info))
+        return Step(opening, info=plain(info))
 
     def step(self, message: Message) -> Step:
         """Take a reply as the action."""
@@ -91,7 +92,7 @@ class GymnasiumText(Environment):
         ended = bool(terminated or truncated)
         # What it says at its end is nobody's to answer, and often nothing.
         messages = () if ended and not observation else (Message("user", observation),)
-        return Step(messages, float(reward), bool(terminated), bool(truncated), _plain(info))
+        return Step(messages, float(reward), bool(terminated), bool(truncated), plain(info))
 
     def close(self) -> None:
         """Close the environment, if there is one."""
@@ -167,16 +168,3 @@ def _check_text(id: str, env: Any) -> None:
                 given=space,
                 mend="wrap it so that this space is a gymnasium.spaces.Text",
             )
-
-
-def _plain(value: Any) -> Any:
-    """The facts of an `info` that can be written down: numbers, texts, and lists and mappings of them."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if callable(as_list := getattr(value, "tolist", None)):  # numbers and arrays of numpy
-        return as_list()
-    return repr(value)

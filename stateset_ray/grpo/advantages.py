@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -66,8 +66,8 @@ def step_advantages(
     weights (GDPO, Liu et al. 2026, arXiv:2601.05242, without its last division by the batch's spread).
 
     Args:
-        groups: for each group, for each trajectory, its rewards; None where it failed. A name that only
-            other trajectories have, such as one that is given at the end, earned 0.
+        groups: for each group, for each trajectory, its rewards; None where it failed. A name that a
+            trajectory does not have, such as one that is given at the end, earned 0 in it.
         objective: advantage, credit, gamma, outcome_weight, reward_weights.
 
     Returns:
@@ -75,7 +75,7 @@ def step_advantages(
         where a trajectory failed, and for all of a group in which fewer than two can be compared.
 
     Raises:
-        ValueError: a reward is not a finite number, or none has a reward of that name.
+        ValueError: a reward is not a finite number.
 
     Example:
         >>> step_advantages([[{"": [0.5, 0.5]}, {"": [0.0]}, None]], ObjectiveConfig())
@@ -84,7 +84,6 @@ def step_advantages(
     alive = [[r for r in group if r is not None] for group in groups]
     alive = [group if len(group) > 1 else [] for group in alive]
     weights = objective.reward_weights or {"": 1.0}
-    _check_names(weights, [r for group in groups for r in group if r is not None])
     parts = []
     for name, weight in weights.items():
         rewards = [[_named(trajectory, name) for trajectory in group] for group in alive]
@@ -103,16 +102,6 @@ def step_advantages(
         left = iter(advantages)
         result.append([None if r is None or not advantages else next(left) for r in group])
     return result
-
-
-def _check_names(names: Iterable[str], given: Sequence[Rewards]) -> None:
-    known = set(chain.from_iterable(given))
-    for name in names:
-        if given and name not in known:
-            raise ValueError(
-                f"grpo.reward_weights names {name!r}, but the step's conversations (Step.rewards) named only "
-                f"{sorted(n for n in known if n) or 'nothing'}"
-            )
 
 
 def _named(rewards: Rewards, name: str) -> list[float]:

@@ -71,6 +71,15 @@ def _of_rewards(record: Mapping[str, Any], config: Config) -> Iterator[Problem]:
             f"credit, warm-start, raise grpo.group_size (it is {size}) or set grpo.refills",
         )
 
+    named = record.get("rewards_named", ())
+    if unheard := [name for name in config.grpo.reward_weights if name not in named]:
+        yield Problem(
+            "reward_not_named",
+            f"grpo.reward_weights has {unheard}, which counts as 0: no conversation of this step named it "
+            f"(Step.rewards); they named {list(named) or 'nothing'}",
+            "mend the name; where it is given only at the end, let conversations end (rollout.max_turns)",
+        )
+
 
 def _of_rollouts(record: Mapping[str, Any], config: Config) -> Iterator[Problem]:
     reasons = record["stop_reasons"]

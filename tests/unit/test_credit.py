@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stateset_ray.actors.credit import (
     Batch,
@@ -20,6 +23,7 @@ from stateset_ray.actors.jobs import Counts, GroupJob, GroupReport, SampleSize, 
 from stateset_ray.actors.learner_rank import UpdateBatch
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import RunError
+from stateset_ray.objective import CreditKind
 from stateset_ray.types import Message, StopReason, Task, Trajectory, TrajectoryGroup, Turn
 
 
@@ -201,7 +205,9 @@ def test_equal_returns_teach_nothing_unless_turns_answer_for_themselves() -> Non
     report = played([[1.0, 0.0], [0.0, 1.0]])
     assert not informative(report, config())
     assert informative(report, config("grpo.credit=return_to_go"))
-    assert not informative(played([[1.0, 0.0], [1.0, 0.0]]), config("grpo.credit=return_to_go"))
+    # Each turn is compared with what whole conversations earned, not with its like in the others.
+    assert informative(played([[1.0, 0.0], [1.0, 0.0]]), config("grpo.credit=return_to_go"))
+    assert not informative(played([[0.0, 0.0], [0.0]]), config("grpo.credit=return_to_go"))
 
 
 def test_overlong_conversations_are_charged_before_they_are_compared() -> None:
@@ -232,6 +238,39 @@ def test_named_rewards_are_charged_and_clamped_too() -> None:
     assert [a for [a] in credits(only(charged.updates))] == pytest.approx([0.5, -0.5])
     clamped = policy_batch(collected(report), config("grpo.truncated=clamp", *limits))
     assert credits(only(clamped.updates)) == [(1.75,), (-1.75,)]  # 0.5 * 1 + 1.5 * 2, against 0
+
+
+def test_a_conversation_that_ends_before_a_reward_is_named_is_charged_in_full() -> None:
+    """It earned 0 under the name, and bears that name's share of the penalty all the same."""
+    turns = [Turn((1,), (2,) * n, (-0.5,) * n, 0, rewards=named) for n, named in ((2, {"a": 0.0}), (8, {}))]
+    stops = (StopReason.COMPLETED, StopReason.MAX_TURNS)
+    talks = [Trajectory(str(i), Task("t", 0), i, (), (turns[i],), stops[i]) for i in range(2)]
+    report, _ = report_on(
+        GroupJob("r/0/t", Task("t", 0), 0, 2, 1.0), TrajectoryGroup(Task("t", 0), tuple(talks))
+    )
+    limits = ("rollout.max_turns=1", "rollout.max_turn_tokens=8", "grpo.reward_weights={a=1.0, b=1.0}")
+    batch = policy_batch(collected(report), config("grpo.overlong_share=0.5", *limits))
+    assert [a for [a] in credits(only(batch.updates))] == pytest.approx([0.5, -0.5])
+    assert batch.facts["rewards_named"] == ["a"]
+
+
+_GROUP_KINDS = ("mean", "mean_std", "rloo", "max_rl")
+_EARNED = st.lists(
+    st.none() | st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=1, max_size=3),
+    min_size=2,
+    max_size=4,
+)
+
+
+@given(_EARNED, st.sampled_from(_GROUP_KINDS), st.sampled_from(get_args(CreditKind)), st.booleans())
+def test_what_is_informative_is_what_has_an_advantage(
+    earned: list[list[float] | None], kind: str, credit: str, cut: bool
+) -> None:
+    ends = [StopReason.ENVIRONMENT_ERROR, StopReason.COMPLETED, StopReason.MAX_TURNS]
+    stops = [ends[reward is not None and 1 + cut] for reward in earned]
+    report = played(earned, stops=stops)
+    settings = config(f"grpo.advantage={kind}", f"grpo.credit={credit}", "grpo.truncated=mask")
+    assert informative(report, settings) == bool(policy_batch(collected(report), settings).updates)
 
 
 def test_every_turn_has_its_own_credit_where_that_is_asked_for() -> None:

@@ -41,6 +41,14 @@ def test_what_was_sampled_by_older_weights_may_differ_from_what_is_learned_now()
     assert names(update=far, staleness={"mean": None, "max": None}) == ["sampler_disagrees"]
 
 
+def test_a_weight_whose_reward_nobody_named_is_told() -> None:
+    config = load_config(None, ["grpo.reward_weights={solved=1.0, polite=1.0}"])
+    assert diagnose({**HEALTHY, "rewards_named": ["polite", "solved"]}, config) == []
+    [problem] = diagnose({**HEALTHY, "rewards_named": ["polite", "solvd"]}, config)
+    assert problem.name == "reward_not_named"
+    assert "['solved']" in problem.text and "['polite', 'solvd']" in problem.text
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [

@@ -9,6 +9,7 @@ import pytest
 
 from stateset_ray.config import RolloutConfig
 from stateset_ray.environments.base import Environment
+from stateset_ray.environments.boundary import ask
 from stateset_ray.errors import InfrastructureFault
 from stateset_ray.policies.base import Reply
 from stateset_ray.policies.scripted import ScriptedPolicy
@@ -145,9 +146,27 @@ class NotText(Chat):
         return Step((Message("user", 5),))
 
 
+def returns(**fields):
+    """An environment whose steps have such fields."""
+
+    class Odd(Chat):
+        async def step(self, message):
+            return Step(**fields)
+
+    return Odd
+
+
 @pytest.mark.parametrize(
     ("kind", "reason", "says"),
     [
+        (returns(messages=None), StopReason.ENVIRONMENT_ERROR, "whose messages are Message objects"),
+        (returns(messages=("hi",)), StopReason.ENVIRONMENT_ERROR, "whose messages are Message objects"),
+        (returns(info=None), StopReason.ENVIRONMENT_ERROR, "whose info is a mapping"),
+        (returns(rewards=None), StopReason.ENVIRONMENT_ERROR, "whose rewards are numbers by name"),
+        (returns(rewards={3: 1.0}), StopReason.ENVIRONMENT_ERROR, "whose rewards are numbers by name"),
+        (returns(rewards={"a": None}), StopReason.REWARD_ERROR, "not a finite number"),
+        (returns(reward=10**400), StopReason.REWARD_ERROR, "not a finite number"),
+        (returns(reward=np.float32("inf")), StopReason.REWARD_ERROR, "not a finite number"),
         (HalfACharacter, StopReason.ENVIRONMENT_ERROR, "half of a surrogate pair"),
         (NotText, StopReason.ENVIRONMENT_ERROR, "is no text"),
         (Raises, StopReason.ENVIRONMENT_ERROR, "Raises.step raised KeyError: 'order'"),
@@ -169,6 +188,13 @@ def test_a_bad_environment_is_data_and_never_a_reward(renderer, kind, reason, sa
     assert trajectory.reward is None
     assert says in trajectory.error
     assert environment.closed == 1
+
+
+def test_numbers_of_numpy_are_rewards():
+    odd = returns(reward=np.float32(0.5), rewards={"a": np.int64(2), "b": 1.0}, terminated=True)
+    step = asyncio.run(ask(odd(), "step", 1.0, Message("assistant", "x")))
+    assert (step.reward, step.rewards) == (0.5, {"a": 2.0, "b": 1.0})
+    assert {type(value) for value in (step.reward, *step.rewards.values())} == {float}
 
 
 class Scripts:

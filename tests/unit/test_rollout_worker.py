@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.actors.roster import Roster, Worker, calls_at_once
 from stateset_ray.config import load_config
 from stateset_ray.environments.echo import Echo
+from stateset_ray.types import Task
 
 
 def test_a_worker_that_was_restarted_while_nobody_looked_plays_all_the_same() -> None:
@@ -29,6 +31,27 @@ def test_a_worker_that_was_restarted_while_nobody_looked_plays_all_the_same() ->
     finally:
         gc.unfreeze()
     assert report.rewards == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [(lambda: {}["refund"], "raised KeyError: 'refund'"), (lambda: None, "must return a text")],
+)
+def test_an_expert_that_fails_is_data(monkeypatch: pytest.MonkeyPatch, said: Any, error: str) -> None:
+    monkeypatch.setattr(Echo, "expert", lambda self: said())
+
+    async def main() -> list[GroupReport]:
+        worker = RolloutWorker(load_config(None, ["model.name=tiny"]), 0, 1, [], [object()])
+        job = GroupJob("r/0/t", Task("train-0", 0), 0, 1, 1.0, expert=True)
+        played = worker.play(0, {"handle": None, "lineage": 0}, [job])
+        return [item async for item in played if isinstance(item, GroupReport)]
+
+    try:
+        [report] = asyncio.run(main())
+    finally:
+        gc.unfreeze()
+    assert report.stop_reasons == ("environment_error",)
+    assert error in report.errors[0]
 
 
 class Actor:

@@ -78,6 +78,18 @@ def test_a_trajectory_survives_json_without_loss(trajectory):
     )
 
 
+def test_what_json_cannot_hold_is_written_all_the_same():
+    data = {"at": {1, 2}, "raw": b"\xff", "text": "\ud83d", "odd": object, 3: None}
+    info = {"score": np.float32(0.5), "seen": np.arange(2), "worst": [float("nan")]}
+    odd = Trajectory("r", Task("t", 0, data=data), 0, (Message("user", "é"),), (), StopReason.COMPLETED, info)
+    again = Trajectory.from_json(odd.to_json())
+    assert again.info == {"score": 0.5, "seen": [0, 1], "worst": [None]}
+    assert again.task.data == {
+        "at": [1, 2], "raw": "b'\\xff'", "text": "?", "odd": "<class 'object'>", "3": None
+    }  # fmt: skip
+    assert dataclasses.replace(again, info=info, task=odd.task) == odd
+
+
 @given(trajectories)
 def test_turn_rewards_sum_to_the_reward_and_failures_have_none(trajectory):
     if trajectory.stop_reason.failed:
