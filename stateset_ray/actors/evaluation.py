@@ -28,7 +28,7 @@ class Evaluation:
 
     Attributes:
         reward: mean over the scorable conversations.
-        rewards: task id -> reward, None where the conversation failed.
+        rewards: task id -> reward, None where the conversation failed; an id that repeats is numbered.
         stop_reasons: how often each occurred.
         conversation: the first task's, to be read; empty if all have died with their nodes.
     """
@@ -56,17 +56,20 @@ def evaluate_heldout(
     Raises:
         RunError: not one conversation could be scored.
     """
-    jobs = []
+    jobs: dict[str, GroupJob] = {}
     for index in range(config.evaluate.tasks):
         task = environment.task("heldout", index)
+        name, parts = task.id, [task.id]
+        if name in jobs:  # an environment with few tasks, or with one
+            name, parts = f"{name}#{index}", [name, str(index)]
         # Not derived from the run's seed: two runs with different seeds are measured alike.
-        seed = derive_seed("heldout", task.id)
-        jobs.append(GroupJob(f"heldout/{task.id}", task, seed, 1, config.evaluate.temperature))
-    collected = pool.collect(jobs, should_stop)
+        seed = derive_seed("heldout", *parts)
+        jobs[name] = GroupJob(f"heldout/{name}", task, seed, 1, config.evaluate.temperature)
+    collected = pool.collect(list(jobs.values()), should_stop)
     reports = [handle.report for handle in collected.groups]
     # A task that was given up has no report: it failed like any other, and is not left out.
-    rewards: dict[str, float | None] = dict.fromkeys((job.task.id for job in jobs), None)
-    rewards |= {report.job.task.id: report.rewards[0] for report in reports}
+    rewards: dict[str, float | None] = dict.fromkeys(jobs)
+    rewards |= {report.job.id.removeprefix("heldout/"): report.rewards[0] for report in reports}
     scored = [reward for reward in rewards.values() if reward is not None]
     if not scored:
         errors = [error for report in reports for error in report.errors]

@@ -77,7 +77,6 @@ class Lookahead:
         self._flights: dict[int, Flight] = {}
         self._admitted: dict[int, int] = {}
         self._due: dict[str, int] = {}  # the last step that may learn from a group, and has to wait for it
-        self._outrun: set[str] = set()  # tasks that a step in turn did not wait for: the next one will
         self._open: Flight | None = None  # of the step that was taken and is not finished
         self._taken = 0  # the first step that was not taken yet
         self._in_vain = Counts()
@@ -172,14 +171,13 @@ class Lookahead:
         jobs = self._tasks.draw(step, count)
         for job in jobs:
             # A step in turn may leave a task to the next one, which plays it again and waits for it.
-            self._due[job.id] = now + (staleness or job.task.id not in self._outrun)
+            self._due[job.id] = now + (staleness or not self._tasks.redrawn(job.id))
         self._pool.dispatch(self._flights[step], jobs)
 
     def _leave_behind(self, step: int, staleness: int) -> None:
         """Hand what a step did not wait for to the next one."""
         flight, following = self._flights[step], step + 1
         names = frozenset(flight.unfinished)
-        self._outrun = set() if staleness else {self._tasks.task(step, name).id for name in names}
         if not names:
             return
         if staleness and following < self._config.train.steps:
@@ -219,4 +217,4 @@ class Lookahead:
             self._in_vain.dispatched += lost.dispatched
             self._in_vain.aborted += lost.aborted
         self._flights, self._admitted, self._open = {}, {}, None
-        self._due, self._outrun = {}, set()
+        self._due = {}

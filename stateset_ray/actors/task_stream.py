@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from stateset_ray.actors.jobs import GroupJob
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment
-from stateset_ray.types import Task, derive_seed
+from stateset_ray.types import derive_seed
 
 __all__ = ["TaskStream"]
 
@@ -30,12 +30,13 @@ class TaskStream:
             int, dict[str, int]
         ] = {}  # of every step, what the jobs are whose index it has drawn
         self._again: dict[int, list[int]] = {}
+        self._redrawn: set[str] = set()  # jobs of tasks that were drawn before
         self._spare: list[int] = []  # drawn once, and not needed when their step was played again
 
     def expert(self, step: int) -> list[GroupJob]:
         """The dialogues of one warm-start step, each once, for the environment's expert."""
         first = step * self._dialogues
-        return [self._job(f"warm-{step}", i, 1, expert=True) for i in range(first, first + self._dialogues)]
+        return self._jobs(f"warm-{step}", range(first, first + self._dialogues), 1, (), expert=True)
 
     def begin(self, step: int) -> None:
         """Begin a step: what it has drawn before, without being finished, is drawn again."""
@@ -50,14 +51,16 @@ class TaskStream:
         fresh = count - len(indices)
         indices += range(self._next, self._next + fresh)
         self._next += fresh
-        jobs = [self._job(str(step), i, self._config.grpo.group_size) for i in indices]
         drawn = self._drawn.setdefault(step, {})
+        jobs = self._jobs(str(step), indices, self._config.grpo.group_size, drawn)
         drawn |= {job.id: index for job, index in zip(jobs, indices, strict=True)}
+        self._redrawn = {name for name in self._redrawn if name in drawn}
+        self._redrawn |= {job.id for job in jobs[: count - spare]}
         return jobs
 
-    def task(self, step: int, name: str) -> Task:
-        """The task of a job that a step has drawn."""
-        return self._environment.task("train", self._drawn[step][name])
+    def redrawn(self, name: str) -> bool:
+        """Whether the task of a job was drawn before, and is played again."""
+        return name in self._redrawn
 
     def defer(self, step: int, names: Collection[str], *, playing: bool) -> None:
         """Leave jobs of a step to the next one.
@@ -97,8 +100,16 @@ class TaskStream:
         drawn = {} if state is None else state.get("drawn", {})
         self._again = {int(step): [int(i) for i in indices] for step, indices in drawn.items()}
 
-    def _job(self, step: str, index: int, size: int, *, expert: bool = False) -> GroupJob:
-        task = self._environment.task("train", index)
-        seed = derive_seed(self._config.run.seed, step, task.id)
-        name = f"{self._config.run.name}/{step}/{task.id}"
-        return GroupJob(name, task, seed, size, self._config.rollout.temperature, expert=expert)
+    def _jobs(
+        self, step: str, indices: Iterable[int], size: int, taken: Collection[str], *, expert: bool = False
+    ) -> list[GroupJob]:
+        """Jobs of a step, which has those that are `taken` already."""
+        jobs: dict[str, GroupJob] = {}
+        for index in indices:
+            task = self._environment.task("train", index)
+            name, parts = f"{self._config.run.name}/{step}/{task.id}", [task.id]
+            if name in taken or name in jobs:  # an environment with few tasks, or with one
+                name, parts = f"{name}#{index}", [task.id, str(index)]
+            seed = derive_seed(self._config.run.seed, step, *parts)
+            jobs[name] = GroupJob(name, task, seed, size, self._config.rollout.temperature, expert=expert)
+        return list(jobs.values())

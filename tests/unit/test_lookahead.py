@@ -16,6 +16,7 @@ from stateset_ray.config import Config, corrected, load_config
 from stateset_ray.environments.echo import Echo
 from stateset_ray.errors import ConfigError
 from stateset_ray.train import train
+from stateset_ray.types import Split, Task
 
 
 @given(
@@ -80,8 +81,8 @@ class _Played:
             flight.counts.dispatched += job.size
             self.flights[job.id], self.jobs[job.id] = flight, job
             self.begun[job.task.id] = self.step
-            index = int(job.task.id.rpartition("-")[2])
-            self.ends[job.id] = self.now + self.seconds[index % len(self.seconds)]
+            index = job.id.rpartition("-")[2].rpartition("#")[2]
+            self.ends[job.id] = self.now + self.seconds[int(index.replace("only", "0")) % len(self.seconds)]
 
     def advance(self, _: float) -> bool:
         name = min(self.ends, key=lambda n: (self.ends[n], n))
@@ -167,6 +168,44 @@ def test_a_straggler_holds_only_one_of_two_steps() -> None:
             ahead.finish(pool.step)
             waits.setdefault(oversample, []).append(pool.now)
     assert waits == {0: [9, 10, 11, 12], 1: [1, 10, 11, 12]}  # played again, and waited for
+
+
+def test_what_was_outrun_is_waited_for_also_after_a_resume() -> None:
+    settings = ["grpo.group_size=2", "train.steps=4", "train.tasks_per_step=3", "train.oversample=1"]
+    config = load_config(None, settings)
+    first, again = TaskStream(config, Echo()), TaskStream(config, Echo())
+    pool = _Played([9] + [1] * 30)
+    ahead = Lookahead(config, pool, first, lambda _: ())  # type: ignore[arg-type]
+    ahead.take(0, 0, lambda: False)
+    ahead.finish(0)
+    again.rewind(first.state())
+    resumed = Lookahead(config, _Played(pool.seconds), again, lambda _: ())  # type: ignore[arg-type]
+    for going_on in (ahead, resumed):
+        learned = [g.report.job.task.id for g in going_on.take(1, 0, lambda: False).groups]
+        assert "train-0" in learned
+
+
+class OneTask(Echo):
+    """Has a single task."""
+
+    def task(self, split: Split, index: int) -> Task:
+        return Task(f"{split}-only", 4 + (split == "heldout"), split)
+
+
+def test_a_task_that_repeats_is_a_job_of_its_own_each_time() -> None:
+    tasks = TaskStream(load_config(None, ["grpo.group_size=2"]), OneTask())
+    tasks.begin(0)
+    state = tasks.state()
+    jobs = tasks.draw(0, 2) + tasks.draw(0, 2)
+    assert len({job.id for job in jobs}) == len({job.seed for job in jobs}) == 4
+    tasks.rewind(state)
+    tasks.begin(0)
+    assert tasks.draw(0, 4) == jobs
+    warm = tasks.expert(0)
+    assert len({job.id for job in warm}) == len(warm) > 1
+    pool, config = _Played([3, 1, 2]), load_config(None, ["grpo.group_size=2", "train.tasks_per_step=3"])
+    collected = Lookahead(config, pool, tasks, lambda _: ()).take(0, 0, lambda: False)  # type: ignore[arg-type]
+    assert (len(collected.groups), collected.counts.dispatched) == (3, 6)
 
 
 @pytest.fixture
