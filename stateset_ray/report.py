@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -130,7 +131,7 @@ class Progress:
     def _on_resumed(self, event: Mapping[str, Any]) -> None:
         where = event["checkpoint"]
         self._say(
-            f"resumed after step {event['step']} from {where}"
+            f"resumed after step {event['step']} from {_from_here(where)}"
             if where
             else "no checkpoint yet: from the start"
         )
@@ -196,7 +197,7 @@ class Progress:
         self._say(f"learner ranks are back after {event['seconds']:.1f} s, at step {event['step']}")
 
     def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
-        self._say(f"checkpoint {event['path']}  ({event['seconds']:.1f} s)")
+        self._say(f"checkpoint {_from_here(event['path'])}  ({event['seconds']:.1f} s)")
 
     def _on_mirrored(self, event: Mapping[str, Any]) -> None:
         self._say(f"mirrored {event['name']} to {clean(event['address'])}  ({event['seconds']:.1f} s)")
@@ -211,7 +212,7 @@ class Progress:
         saved = event["checkpoint"]
         self._say(
             (f"stopped after {event['step']} steps; ", "yellow"),
-            f"saved {saved}" if saved else "nothing to save",
+            f"saved {_from_here(saved)}" if saved else "nothing to save",
         )
         self._say(f"go on with: stateset-ray train {self._folder} --resume")
         self._now("closing")
@@ -285,9 +286,16 @@ def _before_after(
     return [part for text in texts for part in (Text(), text)]
 
 
+def _from_here(path: Any) -> str:
+    """A path as it would be typed here."""
+    with suppress(ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return str(path)
+
+
 def _facts(event: Mapping[str, Any]) -> RenderableType:
     facts = {
-        "checkpoint": str(event["checkpoint"]),
+        "checkpoint": _from_here(event["checkpoint"]),
         "took": f"{duration(event['seconds'])} for {event['steps']} steps",
         "peak memory": f"{event['peak_rss_gib']:.2f} GiB",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +127,16 @@ def test_a_wide_terminal_shows_both_conversations_side_by_side() -> None:
 def test_a_run_without_evaluation_ends_well() -> None:
     bare = {k: v for k, v in FINISHED.items() if not k.startswith(("heldout", "conversations"))}
     assert "evaluate.tasks is 0" in shown(bare)
+
+
+def test_a_checkpoint_is_named_as_one_would_type_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    below, elsewhere = tmp_path / "runs/demo/checkpoints/step-00000005", "/srv/runs/step-00000005"
+    events = [{"event": "checkpoint", "path": str(path), "seconds": 1.0} for path in (below, elsewhere)]
+    assert shown(*events).splitlines() == [
+        "checkpoint runs/demo/checkpoints/step-00000005  (1.0 s)",
+        "checkpoint /srv/runs/step-00000005  (1.0 s)",
+    ]
 
 
 def test_an_interrupted_run_says_how_to_go_on() -> None:
