@@ -106,7 +106,8 @@ class HeldEngine:
     async def _take(self, version: int, lineage: int, handle: Any) -> bool:
         """Fetch and load a version; False if another request has done it meanwhile."""
         async with self._loading:
-            if self._holds(version, lineage):
+            # Who asks for weights of before the run went back to a checkpoint is not waited for any more.
+            if lineage < self._lineage or self._holds(version, lineage):
                 return False
             if handle is None:  # nothing was published: the weights it was built with
                 if self._asleep:

@@ -137,6 +137,8 @@ class LearnerGroup:
     def secure(self, payloads: Sequence[Any]) -> list[int]:
         """Fetch groups to rank 0's node, where they outlive those that played them until the next call.
 
+        It is asked also where there are none: perhaps they were given up because its weights are lost.
+
         Args:
             payloads: references to `GroupPayload`.
 
@@ -146,8 +148,6 @@ class LearnerGroup:
         Raises:
             LearnerLost: the rank died.
         """
-        if not payloads:
-            return []
         return list(self._all([self._ranks[0].secure.remote({"refs": list(payloads)})], "fetching groups")[0])
 
     def publish(self, version: int, lineage: int = 0) -> PublishedWeights:

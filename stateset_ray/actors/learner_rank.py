@@ -131,7 +131,8 @@ class LearnerRank:
         """
         limit = self._config.learner.timeout
         refs, lost = payloads["refs"], []
-        ray.wait(refs, num_returns=len(refs), timeout=limit)  # all at the same time
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=limit)  # all at the same time
         self._secured = []
         for index, ref in enumerate(refs):
             try:

@@ -52,11 +52,11 @@ def held(engine: Any) -> HeldEngine:
     return HeldEngine(config, 1, None, engine)  # type: ignore[arg-type]
 
 
-def published(root: Path, version: int) -> dict[str, Any]:
+def published(root: Path, version: int, lineage: int = 0) -> dict[str, Any]:
     """What a worker is told of weights that lie in a folder."""
     tensors = {name: torch.full((2,), float(version)) for name in ("a", "b")}
-    folder = weight_folder.publish(root, version, 0, tensors, keep=2, timeout=10, beside={})
-    return {"handle": str(folder), "lineage": 0}
+    folder = weight_folder.publish(root, version, lineage, tensors, keep=2, timeout=10, beside={})
+    return {"handle": str(folder), "lineage": lineage}
 
 
 @pytest.mark.timeout(60)
@@ -77,6 +77,20 @@ def test_who_asked_for_weights_may_leave_and_they_are_taken_whole(tmp_path: Path
         assert engine.begun == 1  # what was begun was ended, and not begun again
         assert [tensor.tolist() for tensor in engine.weights] == [[3.0, 3.0]] * 2
         assert (await holder.reply(REQUEST)).policy_version == 3
+
+    asyncio.run(main())
+
+
+def test_weights_of_before_a_rewind_never_come_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = Engine()
+        engine.go_on.set()
+        holder, before = held(engine), published(tmp_path, 5)
+        await holder.hold(5, before)
+        after = published(tmp_path, 3, lineage=1)
+        await holder.hold(3, after)
+        await holder.hold(5, before)
+        assert (engine.version, engine.weights[0].tolist()) == (3, [3.0, 3.0])
 
     asyncio.run(main())
 
