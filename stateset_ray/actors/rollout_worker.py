@@ -23,11 +23,11 @@ from stateset_ray.actors.router import Router
 from stateset_ray.config import Config
 from stateset_ray.environments.base import construct, load_environment
 from stateset_ray.environments.boundary import ask_expert
-from stateset_ray.errors import InfrastructureFault
+from stateset_ray.errors import InfrastructureFault, StatesetError
 from stateset_ray.policies.base import Policy
 from stateset_ray.policies.scripted import ScriptedPolicy
 from stateset_ray.rollout import rollout
-from stateset_ray.types import Trajectory, TrajectoryGroup
+from stateset_ray.types import StopReason, Trajectory, TrajectoryGroup
 
 __all__ = ["RolloutWorker"]
 
@@ -155,12 +155,17 @@ class RolloutWorker:
 
     async def _one(self, job: GroupJob, sample: int) -> Trajectory:
         async with self._places:
-            environment = construct(self._environment, self._config.environment.options)
+            name = f"{job.id}/{sample}/{job.attempt}"
+            try:
+                environment = construct(self._environment, self._config.environment.options)
+            except StatesetError as error:  # it could be built where the run was started
+                failed = StopReason.ENVIRONMENT_ERROR
+                return Trajectory(name, job.task, sample, (), (), failed, error=str(error))
             policy: Policy = self._loaded()
             if job.expert:
                 policy = ScriptedPolicy(self._renderer, lambda _: ask_expert(environment))
             return await rollout(
                 environment, job.task, policy, self._renderer, self._config.rollout,
-                id=f"{job.id}/{sample}/{job.attempt}", seed=job.seed, sample=sample,
+                id=name, seed=job.seed, sample=sample,
                 temperature=job.temperature,
             )  # fmt: skip

@@ -33,12 +33,8 @@ def test_a_worker_that_was_restarted_while_nobody_looked_plays_all_the_same() ->
     assert report.rewards == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("said", "error"),
-    [(lambda: {}["refund"], "raised KeyError: 'refund'"), (lambda: None, "must return a text")],
-)
-def test_an_expert_that_fails_is_data(monkeypatch: pytest.MonkeyPatch, said: Any, error: str) -> None:
-    monkeypatch.setattr(Echo, "expert", lambda self: said())
+def play_one() -> GroupReport:
+    """A conversation of the expert."""
 
     async def main() -> list[GroupReport]:
         worker = RolloutWorker(load_config(None, ["model.name=tiny"]), 0, 1, [], [object()])
@@ -50,6 +46,26 @@ def test_an_expert_that_fails_is_data(monkeypatch: pytest.MonkeyPatch, said: Any
         [report] = asyncio.run(main())
     finally:
         gc.unfreeze()
+    return report
+
+
+def test_an_environment_that_cannot_be_built_here_is_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(self: Echo) -> None:
+        raise ConnectionError("the database is away")
+
+    monkeypatch.setattr(Echo, "__init__", away)
+    report = play_one()
+    assert (report.stop_reasons, report.rewards) == (("environment_error",), (None,))
+    assert "the database is away" in report.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [(lambda: {}["refund"], "raised KeyError: 'refund'"), (lambda: None, "must return a text")],
+)
+def test_an_expert_that_fails_is_data(monkeypatch: pytest.MonkeyPatch, said: Any, error: str) -> None:
+    monkeypatch.setattr(Echo, "expert", lambda self: said())
+    report = play_one()
     assert report.stop_reasons == ("environment_error",)
     assert error in report.errors[0]
 
