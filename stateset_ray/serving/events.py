@@ -1,19 +1,24 @@
 """What ingress and policy replicas say to each other: one question, and the events of its answer.
 
-Events travel in tuples, as many as there are at the time, so that a fast policy costs few messages.
+Events travel in tuples, as many as there are at the time, so that a fast policy costs few messages; but no
+more than a message of gRPC holds, which is 4 MiB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal
 
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.types import Message
 
+_CHARACTERS = 1 << 16  # of one part
+_TOKENS = 512  # of one part; each may be 21 texts with their log-probabilities
+
 __all__ = [
-    "Ask", "Began", "Ended", "Event", "Halted", "Piece", "Refused", "Stepped", "TokenLogprob",
+    "Ask", "Began", "Ended", "Event", "Halted", "Piece", "Refused", "Stepped", "TokenLogprob", "in_parts",
 ]  # fmt: skip
 
 
@@ -141,3 +146,29 @@ class Halted:
 
 
 Event = Began | Piece | Ended | Refused | Stepped | Halted
+
+
+def in_parts(events: Iterable[Event]) -> Iterator[tuple[Event, ...]]:
+    """The same events in tuples that a message can hold, and long pieces of text as several."""
+    part: list[Event] = []
+    room = 1.0
+    for event in events:
+        for piece in _cut(event):
+            part.append(piece)
+            if isinstance(piece, Piece):
+                room -= len(piece.text) / _CHARACTERS + len(piece.tokens) / _TOKENS
+            if room <= 0:
+                yield tuple(part)
+                part, room = [], 1.0
+    if part:
+        yield tuple(part)
+
+
+def _cut(event: Event) -> Iterator[Event]:
+    if not isinstance(event, Piece) or (len(event.text) <= _CHARACTERS and len(event.tokens) <= _TOKENS):
+        yield event
+        return
+    texts = (event.text[at : at + _CHARACTERS] for at in range(0, len(event.text), _CHARACTERS))
+    tokens = (event.tokens[at : at + _TOKENS] for at in range(0, len(event.tokens), _TOKENS))
+    for text, some in zip_longest(texts, tokens):
+        yield Piece(event.choice, text or "", some or ())

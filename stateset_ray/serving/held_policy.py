@@ -22,7 +22,7 @@ from stateset_ray.policies.nucleus import Sampled
 from stateset_ray.policies.renderer import Renderer, characters
 from stateset_ray.policies.transformers_engine import TransformersEngine
 from stateset_ray.policies.vllm_engine import VllmEngine
-from stateset_ray.serving.events import Ask, Began, Ended, Event, Piece, Refused, TokenLogprob
+from stateset_ray.serving.events import Ask, Began, Ended, Event, Piece, Refused, TokenLogprob, in_parts
 from stateset_ray.serving.memory import ConversationMemory
 from stateset_ray.serving.raw_prompt import raw_prompt
 from stateset_ray.serving.settings import ServeSettings
@@ -248,13 +248,13 @@ class HeldPolicy:
                     if not began:
                         began = True
                         yield (Began(self.candidate.label, len(prompt)),)
-            if ask.stream:
-                if events:
-                    yield tuple(events)
-            else:
+            if not ask.stream:
                 later += events
-        if later:
-            yield tuple(later)
+                continue
+            for part in in_parts(events):
+                yield part
+        for part in in_parts(later):
+            yield part
 
     def _take(self, ask: Ask, index: int, choice: _Choice, sampled: Sampled) -> list[Event]:
         choice.sampled += 1

@@ -17,6 +17,9 @@ _ENVIRONMENT = {
     # A run lets idle threads of OpenMP sleep, since its learner and workers take turns. An answer's products
     # follow each other so closely that a thread which has to be woken for each comes too late.
     "GOMP_SPINCOUNT": "300000",
+    # How long a question may be is the endpoint's to say (`limits`, `conversations`), and not the channel's:
+    # its 4 MiB would be a failure of the server. The side that receives decides; answers come in parts.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1),
 }
 
 

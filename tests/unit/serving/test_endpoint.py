@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import pickle
 import runpy
 from contextlib import aclosing
 from pathlib import Path
@@ -16,11 +17,13 @@ import pytest
 from stateset_ray.config import RolloutConfig
 from stateset_ray.environments.echo import Echo
 from stateset_ray.models import load_model
+from stateset_ray.policies.base import Reply
+from stateset_ray.policies.nucleus import Sampled
 from stateset_ray.policies.transformers_engine import TransformersEngine
 from stateset_ray.rollout import rollout
 from stateset_ray.serving.answers import framed
 from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
-from stateset_ray.serving.events import Ask, Began, Ended, Refused
+from stateset_ray.serving.events import Ask, Began, Ended, Piece, Refused
 from stateset_ray.serving.settings import DeadlineSettings, SecuritySettings
 from stateset_ray.types import Message
 
@@ -432,6 +435,30 @@ def test_a_retired_version_ends_what_it_began(held):
         events = [e async for part in answer for e in part]
         assert events[-1] == Ended(0, events[-1].finish, events[-1].tokens)
         assert held.engine._task.done()
+
+    asyncio.run(play())
+
+
+def test_a_long_answer_comes_in_parts(held):
+    """Each is one message between two replicas, which holds so much and no more."""
+    tokens = 2000
+    held.max_context = 2 * tokens
+
+    async def reply(request, on_token, **more):
+        top = tuple((30 + i, -2.0) for i in range(20))
+        for _ in range(tokens):
+            on_token(Sampled(40, -0.5, top))
+        return Reply((40,) * tokens, (-0.5,) * tokens, 0, "length")
+
+    held.engine.reply = reply
+
+    async def play():
+        whole = ask(choices=4, max_tokens=tokens, stream=False, logprobs=True, top=20)
+        parts = [events async for events in held.answer(whole)]
+        assert max(len(pickle.dumps(events)) for events in parts) < 1 << 20
+        pieces = [event for events in parts for event in events if isinstance(event, Piece)]
+        assert sum(len(piece.tokens) for piece in pieces) == 4 * tokens
+        assert [type(event) for event in parts[-1]][-1] is Ended
 
     asyncio.run(play())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from contextlib import aclosing
@@ -177,3 +178,17 @@ def test_an_ingress_replica_loads_no_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True
     )
     assert done.stdout.strip().splitlines()[-1] == "False"
+
+
+def test_a_question_may_be_as_long_as_the_limits_say():
+    """Serve's channel between replicas takes 4 MiB, unless the one that receives is told otherwise."""
+    options = policy_deployment(ServeSettings(source="tiny")).ray_actor_options
+    code = (
+        "from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH as most; "
+        "print(most)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **options["runtime_env"]["env_vars"]},
+        capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    assert int(done.stdout.strip().splitlines()[-1]) > 1 << 30

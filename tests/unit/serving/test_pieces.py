@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stateset_ray.serving.answers import Answer
 from stateset_ray.serving.autoscaling import METRIC, TokensPerReplica, replicas_wanted
+from stateset_ray.serving.events import Began, Ended, Piece, TokenLogprob, in_parts
 from stateset_ray.serving.memory import ConversationMemory
 from stateset_ray.serving.meters import METRICS
 from stateset_ray.serving.text_stream import TextStream
@@ -95,6 +98,24 @@ def test_nothing_of_a_stop_string_is_shown(renderer, text, stops):
     cut = min((first.find(stop) for stop in stops if stop in first), default=None)
     assert "".join(found) == whole[:cut].strip()
     assert stream.stopped == (cut is not None)
+
+
+def test_no_part_of_an_answer_is_longer_than_a_message():
+    top = tuple((f" likely{i}", -1.5) for i in range(20))
+    tokens = tuple(TokenLogprob(f" word{i}", -0.5, top) for i in range(1900))
+    texts = ("word " * 1900, "\U0001f600" * 300_000, "", "short")
+    events = [Began("v", 3)]
+    for choice, text in enumerate(texts):
+        events += [Piece(choice, text, tokens), Ended(choice, "stop", 1900)]
+    parts = list(in_parts(events))
+    assert max(len(pickle.dumps(part)) for part in parts) < 2 << 20
+    whole, cut = (Answer("a", "m", 0, len(texts), logprobs=True) for _ in range(2))
+    whole.take(events)
+    for part in parts:
+        assert part
+        cut.take(part)
+    assert cut.completion() == whole.completion()
+    assert len(list(in_parts([Piece(0, "x"), Ended(0, "stop", 1)] * 99))) == 1  # what is short stays together
 
 
 def test_what_is_certain_is_shown_at_once(renderer):
