@@ -29,6 +29,7 @@ __all__ = [
     "TreeRows",
     "check_fits",
     "check_reference",
+    "check_targets",
     "choose_hardware",
     "config_only",
     "count_parameters",
@@ -233,6 +234,26 @@ def check_reference(config: Config) -> None:
             given=name,
             mend="choose a grpo.reference of the same family as model.name, or leave it empty",
         )
+
+
+def check_targets(config: Config) -> None:
+    """Check that the model has the modules that `learner.lora.targets` names; builds no weights.
+
+    Raises:
+        ConfigError: it lacks some.
+    """
+    lora = config.learner.lora
+    if not (lora.rank and lora.targets):
+        return
+    model: Any = _weightless(config.model.name)
+    head = model.get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    lacking = [t for t in lora.targets if not any(n == t or n.endswith(f".{t}") for n in linear)]
+    if lacking:
+        raise ConfigError(
+            "learner.lora.targets names no linear module of this model's layers", given=lacking,
+            mend=f"its modules are called {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}",
+        )  # fmt: skip
 
 
 def count_parameters(name: str) -> int:

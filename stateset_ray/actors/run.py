@@ -22,10 +22,11 @@ from stateset_ray.actors.placement import cluster, place
 from stateset_ray.actors.publishing.folder import check_run_folder, check_shared, root_of
 from stateset_ray.actors.record import step_record
 from stateset_ray.actors.rollout_pool import RolloutPool, rollout_pool
-from stateset_ray.actors.run_folder import open_folder
+from stateset_ray.actors.run_folder import discard_empty, open_folder
 from stateset_ray.actors.stopping import stopping
 from stateset_ray.actors.task_stream import TaskStream
 from stateset_ray.actors.time_sharing import fall_asleep
+from stateset_ray.committed import newest
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment, build_environment, check_expert
 from stateset_ray.errors import LearnerLost, RunError
@@ -33,7 +34,7 @@ from stateset_ray.grpo.diagnosis import Problem, diagnose
 from stateset_ray.grpo.divergence import next_kl_coef
 from stateset_ray.learner.learner import LossKind
 from stateset_ray.metrics import MemoryMeter, versions
-from stateset_ray.models import check_fits, check_reference, load_tokenizer, local_folder
+from stateset_ray.models import check_fits, check_reference, check_targets, load_tokenizer, local_folder
 from stateset_ray.policies.renderer import Renderer
 
 __all__ = ["OnEvent", "Run", "open_run"]
@@ -228,6 +229,7 @@ class Run:
 
         Raises:
             LearnerLost: this one, once `learner.restarts` are used up.
+            CheckpointError: no checkpoint of the run is whole any more.
         """
         started, found = time.monotonic(), False
         while not found:
@@ -244,9 +246,13 @@ class Run:
         self.emit("learner_rebuilt", step=self.step, seconds=time.monotonic() - started)
 
     def restore(self) -> None:
-        """Continue from the newest whole checkpoint; from the start if there is none."""
-        found = checkpoint.latest(self.folder / "checkpoints")
-        step, version, results = 0, 0, {}
+        """Continue from the newest whole checkpoint; from the start if none was written yet.
+
+        Raises:
+            CheckpointError: some were written, and none is whole; what the run has noted stays.
+        """
+        found = newest(self.folder, written=self._saved is not None)
+        step, version, results, kl_coef = 0, 0, {}, self.config.grpo.kl_coef
         self._ahead.clear()
         self._tasks.rewind(found.meta if found else None)
         ranks = [self.config.learner.ranks] * 2
@@ -255,10 +261,10 @@ class Run:
             ranks[0] = int(found.meta.get("ranks", ranks[1]))
             step, version, results = found.step, int(found.meta["version"]), dict(found.meta["results"])
             if self.config.grpo.kl_target:  # else it is what the configuration says, whatever it was then
-                self.kl_coef = float(found.meta.get("kl_coef", self.kl_coef))
+                kl_coef = float(found.meta.get("kl_coef", kl_coef))
             if self._saved is None:  # another process has spent this time
                 self._seconds_before = float(found.meta["seconds"])
-        self.step, self.version, self.results = step, version, results
+        self.step, self.version, self.results, self.kl_coef = step, version, results, kl_coef
         self._saved = step if found is not None else None
         self._empty, self._between = 0, True
         self._journal.rewind(step)
@@ -325,12 +331,16 @@ def open_run(
         check_expert(environment)
     check_fits(config)
     check_reference(config)
+    check_targets(config)
     Renderer(load_tokenizer(config.model.name))  # a chat template it refuses, every worker would refuse
     config, folder = open_folder(config, resume=resume)
     opened = {"folder": str(folder), "model": config.model.name, "objective": config.grpo.summary()}
     on_event({"event": "opened", **opened, "resume": resume})
-    local_folder(config.model.name)  # built once here, not by every actor at the same time
     with ExitStack() as stack:
+        start = stack.enter_context(ExitStack())
+        if not (resume or config.run.mirror):  # there, the name stays taken
+            start.callback(discard_empty, folder)
+        local_folder(config.model.name)  # built once here, not by every actor at the same time
         meter = stack.enter_context(MemoryMeter())
         stack.enter_context(cluster(config, in_turn=not config.train.max_staleness))
         on_event = exported(config, on_event)
@@ -347,4 +357,5 @@ def open_run(
             run.restore()
         run.publish(run.version)
         stack.enter_context(run.keeper)
+        start.pop_all()  # it has begun: what there is of it stays
         yield run

@@ -13,16 +13,20 @@ With `run.mirror`, the same lies in shared storage, from where a machine without
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from stateset_ray.actors.mirror import bring, claim, mirror_of
+from stateset_ray.committed import newest
 from stateset_ray.config import Config, load_config
 from stateset_ray.errors import ConfigError, RunError
 from stateset_ray.manifest import replace_whole
+from stateset_ray.metrics import JsonLines
 from stateset_ray.settings import leaves
 
-__all__ = ["begun", "check_same", "open_folder", "write_config"]
+__all__ = ["begun", "check_room_for", "check_same", "discard_empty", "open_folder", "write_config"]
 
 _MAY_CHANGE = (
     "run.name", "run.dir", "run.mirror", "run.log_trajectories", "train.steps", "train.checkpoint_every",
@@ -47,6 +51,43 @@ def begun(config: Config) -> bool:
     return (config.run.folder / "config.toml").is_file() or bool(mirror and mirror.has("config.toml"))
 
 
+def check_room_for(config: Config, *, resume: bool) -> None:
+    """Check what `open_folder` would stumble over, as far as that changes nothing.
+
+    Raises:
+        RunError: nothing to resume, or a file or a folder that cannot be written is in the way.
+        ConfigError: this is not the configuration that the run began with, or there is no such mirror.
+        CheckpointError: the mirror does not answer.
+    """
+    folder = config.run.folder
+    if resume:
+        if not begun(config):
+            raise _nothing(folder)
+        if (folder / "config.toml").is_file():
+            check_same(load_config(folder / "config.toml"), config)
+        return
+    mirror_of(config.run)
+    place = folder.absolute()
+    _refuse_file(place)
+    while not os.path.exists(place):
+        place = place.parent
+    if not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
+        raise RunError(
+            "the run folder cannot be written", given=str(folder),
+            mend=f"{place} is in the way: set run.dir to a folder you may write to",
+        )  # fmt: skip
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove the folder of a run that never began: it would only hold its name."""
+    checkpoints = folder / "checkpoints"
+    with suppress(OSError):
+        if {entry.name for entry in folder.iterdir()} == {"config.toml", "checkpoints"}:
+            checkpoints.rmdir()  # only if it is empty
+            (folder / "config.toml").unlink()
+            folder.rmdir()
+
+
 def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
     """Make or find the folder of a run and write the resolved configuration into it.
 
@@ -59,25 +100,23 @@ def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
     Raises:
         RunError: nothing to resume, or the folder cannot be written.
         ConfigError: this is not the configuration that the run began with.
-        CheckpointError: the mirror does not answer.
+        CheckpointError: the mirror does not answer, or no checkpoint of the run is whole.
     """
     folder = config.run.folder
     if resume:
         bring(config)
         stored = folder / "config.toml"
         if not stored.is_file():
-            raise RunError(
-                "there is no run of this name to resume", given=str(folder),
-                mend="check run.name and run.dir, or start without --resume",
-            )  # fmt: skip
-        check_same(load_config(stored), config)
-    else:
+            raise _nothing(folder)
+        before = load_config(stored)
+        check_same(before, config)
+        _check_whole(before, folder)
+    try:
         number, name = 1, config.run.name
-        while _taken(config):
+        while not resume and _taken(config):
             number += 1
             config = config.with_overrides([f"run.name={json.dumps(f'{name}-{number}')}"])
         folder = config.run.folder
-    try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(config, folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -90,8 +129,31 @@ def open_folder(config: Config, *, resume: bool) -> tuple[Config, Path]:
     return config, folder
 
 
+def _check_whole(before: Config, folder: Path) -> None:
+    """Raise the CheckpointError that says so, where a run has saved checkpoints and none is whole."""
+    # A step is noted just before its checkpoint is begun: one more step, and that one was written.
+    noted = len(JsonLines(folder / "metrics.jsonl").read())
+    newest(folder, written=noted > before.train.checkpoint_every)
+
+
+def _nothing(folder: Path) -> RunError:
+    return RunError(
+        "there is no run of this name to resume", given=str(folder),
+        mend="check run.name and run.dir, or start without --resume",
+    )  # fmt: skip
+
+
+def _refuse_file(folder: Path) -> None:
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise RunError(
+            "the run's folder cannot be made: there is a file of this name", given=str(folder),
+            mend="choose another run.name or run.dir, or move the file",
+        )  # fmt: skip
+
+
 def _taken(config: Config) -> bool:
     folder = config.run.folder
+    _refuse_file(folder)
     # What a start leaves that was cut short before its configuration was written is not a run.
     there = folder.exists() and any(not entry.name.startswith(_BEGINNING) for entry in folder.iterdir())
     return there or begun(config)

@@ -1,5 +1,7 @@
 """What a run saves when it is interrupted: steps, never parts of one. Without Ray: nothing is played."""
 
+import json
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,12 @@ from stateset_ray.actors.flight import Collected
 from stateset_ray.actors.jobs import Counts
 from stateset_ray.actors.learner_rank import UpdateBatch
 from stateset_ray.actors.publishing.folder import check_run_folder, write_probe
-from stateset_ray.actors.run import Run
-from stateset_ray.config import load_config
+from stateset_ray.actors.run import Run, open_run
+from stateset_ray.actors.run_folder import check_room_for, discard_empty, open_folder
+from stateset_ray.config import Config, load_config
 from stateset_ray.environments.echo import Echo
-from stateset_ray.errors import ClusterError, LearnerLost
-from stateset_ray.metrics import MemoryMeter
+from stateset_ray.errors import CheckpointError, ClusterError, LearnerLost, RunError
+from stateset_ray.metrics import JsonLines, MemoryMeter
 
 APPLIED = {"applied": 1.0, "loss": 0.5, "tokens_unshared": 8.0}
 BATCH = Batch([UpdateBatch([], 1.0)], Counts(), {})
@@ -138,3 +141,108 @@ def test_a_learner_that_dies_again_while_it_is_recovered_costs_one_restart_more(
     assert run.pool.weights == "weights 0"
     with pytest.raises(LearnerLost, match="a third time"):
         run.recover(LearnerLost("rank 0 died a third time"))
+
+
+def noted(run: Run) -> list[int]:
+    return [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def damage(run: Run) -> None:
+    for folder in (run.folder / "checkpoints").glob("step-*"):
+        (folder / "weights").write_text("other weights")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_goes_on_from_nowhere(run: Run) -> None:
+    """Rather than from the start, which would strike out what it has done."""
+    one_step(run)
+    run.save()
+    one_step(run)
+    damage(run)
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints here is whole"):
+        run.restore()
+    learners: Any = run.learners
+    learners.rebuild = lambda: None
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints here is whole"):
+        run.recover(LearnerLost("rank 0 died"))
+    assert noted(run) == [0, 1]
+    shutil.rmtree(run.folder / "checkpoints")
+    with pytest.raises(CheckpointError, match="none of them is here"):
+        run.restore()
+    assert noted(run) == [0, 1]
+
+
+def test_a_run_that_has_saved_nothing_begins_anew_with_the_configured_kl(run: Run) -> None:
+    run.config = run.config.with_overrides(["grpo.kl_coef=0.1", "grpo.kl_target=0.01"])
+    run.kl_coef = 0.7
+    one_step(run)
+    run.restore()
+    assert (run.step, run.kl_coef, noted(run)) == (0, 0.1, [])
+
+
+def stored(tmp_path: Path, *more: str) -> Config:
+    """A run of three steps, one checkpoint of two files each."""
+    config = load_config(None, [f'run.dir="{tmp_path}"', "run.name=demo", "train.checkpoint_every=1", *more])
+    config, folder = open_folder(config, resume=False)
+    metrics = JsonLines(folder / "metrics.jsonl")
+    for step in range(3):
+        metrics.append({"step": step})
+        checkpoint.save(
+            folder / "checkpoints", step + 1, lambda at: (at / "weights").write_text("w") and None,
+            meta={}, keep=2,
+        )  # fmt: skip
+    return config
+
+
+@pytest.mark.parametrize("lost", ["damaged", "removed"])
+def test_a_resume_without_a_whole_checkpoint_touches_nothing(tmp_path: Path, lost: str) -> None:
+    config = stored(tmp_path)
+    folder = config.run.folder
+    for path in (folder / "checkpoints").glob("step-*"):
+        (path / "weights").write_text("x")
+        if lost == "removed":
+            shutil.rmtree(path)
+    (folder / "checkpoints" / "latest").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="none of"):
+        open_folder(config.with_overrides(["train.steps=99"]), resume=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_resumed(tmp_path: Path) -> None:
+    config, folder = open_folder(load_config(None, [f'run.dir="{tmp_path}"']), resume=False)
+    JsonLines(folder / "metrics.jsonl").append({"step": 0})
+    assert open_folder(config, resume=True) == (config, folder)
+
+
+@pytest.mark.parametrize("where", ["run.dir", "run.name"])
+def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path, where: str) -> None:
+    (tmp_path / "taken").write_text("a file")
+    more = (
+        [f'run.dir="{tmp_path}/taken"'] if where == "run.dir" else [f'run.dir="{tmp_path}"', "run.name=taken"]
+    )
+    for check in (open_folder, check_room_for):
+        with pytest.raises(RunError) as caught:
+            check(load_config(None, more), resume=False)
+        assert where in caught.value.mend
+
+
+def test_a_run_that_never_began_leaves_its_name_free(tmp_path: Path) -> None:
+    config, folder = open_folder(load_config(None, [f'run.dir="{tmp_path}/runs"']), resume=False)
+    discard_empty(folder)
+    assert not folder.exists()
+    discard_empty(folder)
+    _, folder = open_folder(config, resume=False)
+    (folder / "metrics.jsonl").write_text("")
+    discard_empty(folder)
+    assert (folder / "checkpoints").is_dir() and (folder / "config.toml").is_file()
+
+
+def test_a_start_that_fails_removes_what_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ClusterError("Ray did not start")
+
+    monkeypatch.setattr("stateset_ray.actors.run.cluster", refuse)
+    config = load_config(None, ["model.name=tiny", f'run.dir="{tmp_path}"', "run.name=demo"])
+    with pytest.raises(ClusterError), open_run(config):
+        pass
+    assert list(tmp_path.iterdir()) == []
