@@ -79,8 +79,8 @@ def batch(
     """
     if mode == "play":
         build_environment(config.environment.path, config.environment.options)
-    check_fits(config)
     data = scan(source, mode)
+    check_fits(config)
     count = replicas or config.rollout.engines or config.rollout.workers
     Renderer(load_tokenizer(config.model.name))  # a chat template it refuses, every worker would refuse
     local_folder(config.model.name)  # built once here, not by every actor at the same time

@@ -59,7 +59,7 @@ def training_config(path: Path, overrides: list[str], resume: bool) -> Config:
     """The configuration at a path; a run folder stands for the run in it."""
     from stateset_ray.config import load_config
 
-    if not path.is_dir():
+    if not os.path.isdir(path):  # a name that is too long is left to the reader's own words
         return load_config(path, overrides)
     if not (path / "config.toml").is_file():
         raise ConfigError(
@@ -76,7 +76,7 @@ def find_modules_beside(path: Path) -> None:
 
     Actors are told of these folders, too (`actors.placement.import_paths`).
     """
-    beside = path.absolute() if path.is_dir() else path.absolute().parent
+    beside = path.absolute() if os.path.isdir(path) else path.absolute().parent
     for folder in (str(beside), str(Path.cwd())):
         if folder in sys.path:
             sys.path.remove(folder)

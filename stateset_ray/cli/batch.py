@@ -48,10 +48,13 @@ def batch(
         if len(chosen) > 1:
             raise ConfigError("--generate, --score and --play exclude each other", given=chosen)
         find_modules_beside(Path(run))
-        from stateset_ray.batch import batch as work
-        from stateset_ray.evaluate import trained_config
+        from stateset_ray.committed import trained_config
+        from stateset_ray.dataset.files import check_source
 
         settings = trained_config(run, set_ or [])
+        check_source(source)  # before anything heavy loads
+        from stateset_ray.batch import batch as work
+
         quiet(settings)
         console = Console(highlight=False, stderr=as_json)
         moving = console.status("starting") if console.is_terminal else nullcontext()

@@ -42,23 +42,22 @@ def train(
         settings = corrected(training_config(config, set_ or [], resume or go_on))
         find_modules_beside(config)
         quiet(settings)
+        # Before torch and Ray are loaded: a missing environment is the commonest mistake.
+        _check_environment(settings)
+        from stateset_ray.actors.run_folder import begun, check_room_for
+
+        resume = resume or (go_on and begun(settings))
+        check_room_for(settings, resume=resume)
         if dry_run:
             _dry_run(settings)
             return
         from stateset_ray.report import Progress
 
         with Progress() as progress:
-            # Before torch and Ray are loaded: a missing environment is the commonest mistake.
-            _check_environment(settings)
             if settings.train.max_staleness:
                 from stateset_ray.train_async import train_async as run
             else:
                 from stateset_ray.train import train as run
-            if go_on:
-                from stateset_ray.actors.run_folder import begun
-
-                resume = resume or begun(settings)
-
             run(settings, resume=resume, on_event=progress)
 
 
@@ -71,11 +70,12 @@ def evaluate(
     """Play the held-out tasks with a trained policy and print what it earns."""
     with errors():
         find_modules_beside(Path(run))
-        from stateset_ray.evaluate import evaluate as play
-        from stateset_ray.evaluate import trained_config
-        from stateset_ray.report import show_evaluation
+        from stateset_ray.committed import trained_config
 
         settings = trained_config(run, set_ or [])
+        from stateset_ray.evaluate import evaluate as play
+        from stateset_ray.report import show_evaluation
+
         quiet(settings)
         console = Console(highlight=False)
         moving = console.status("playing") if console.is_terminal and not as_json else nullcontext()
@@ -100,11 +100,11 @@ def _check_environment(config: Config) -> Any:
 
 def _dry_run(config: Config) -> None:
     """Print the resolved configuration, and as comments what it would take: all of it is valid TOML."""
-    _check_environment(config)
-    from stateset_ray.models import check_fits, check_reference
+    from stateset_ray.models import check_fits, check_reference, check_targets
 
     check_fits(config)
     check_reference(config)
+    check_targets(config)
     from stateset_ray.actors.memory import expected_memory
     from stateset_ray.actors.placement import describe
 

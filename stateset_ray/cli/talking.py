@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,11 +80,11 @@ def _chat_config(model: str | None, overrides: list[str]) -> tuple[Config, bool]
             "chat needs someone to talk to",
             mend="give a run folder, a checkpoint or a model's name (smollm2), or --play an environment",
         )
-    path = Path(model)
-    trained = path.is_file() or (path / "manifest.json").is_file() or (path / "config.toml").is_file()
-    if trained or (path / "checkpoints").is_dir():
-        from stateset_ray.evaluate import trained_config
+    from stateset_ray.committed import check_not_a_path, trained_config
 
+    check_not_a_path(model)
+    there = (os.path.join(model, name) for name in ("manifest.json", "config.toml", "checkpoints"))
+    if os.path.isfile(model) or any(map(os.path.exists, there)):
         return trained_config(model, overrides), True
     return load_config(None, [*_TALK, f"model.name={json.dumps(model)}", *overrides]), False
 

@@ -18,7 +18,7 @@ from stateset_ray.dataset.rows import TASK_FIELDS, Id, Mode, Row, checked_id, ro
 from stateset_ray.errors import ConfigError, RunError
 from stateset_ray.types import Split
 
-__all__ = ["DataSet", "Place", "cut", "read", "scan"]
+__all__ = ["DataSet", "Place", "check_source", "cut", "read", "scan"]
 
 _LINES = (".jsonl", ".ndjson", ".json")
 _SHOWN = 3  # problems that an error shows
@@ -51,6 +51,22 @@ class DataSet:
 
     places: dict[Id, Place]
     invalid: int = 0
+
+
+def check_source(source: str) -> None:
+    """Look whether a data set is there at all, and not empty; `scan` reads it.
+
+    Raises:
+        ConfigError: it is not there, is nothing that can be read, or all of its files are empty.
+    """
+    split, colon, _ = source.partition(":")
+    if colon and split in get_args(Split) and not Path(source).exists():
+        return
+    try:
+        if not any(file.stat().st_size for file in _files(source)):
+            raise ConfigError("the data set has no rows", given=source)
+    except OSError as error:
+        raise ConfigError(f"the data set cannot be read: {error.strerror}", given=source) from error
 
 
 def scan(source: str, mode: Mode) -> DataSet:

@@ -20,6 +20,7 @@ from stateset_ray.errors import ConfigError, ModelError
 ROOT = Path(__file__).parents[2]
 TINY = '[model]\nname = "tiny"\n'
 LONG = ["--set", "rollout.max_context=4000", "--set", "learner.micro_batch_tokens=4000"]
+TARGET = ["--set", "learner.lora.rank=4", "--set", "learner.lora.targets=['nope']"]
 
 run = CliRunner()
 
@@ -74,8 +75,18 @@ def test_the_commands() -> None:
         (["chat", "tiny", "--environment", "a:B"], 2, ["--play"]),
         (["chat", "--play"], 2, ["a TOML file or --environment"]),
         (["chat", "--play", "--environment", "no colon"], 2, ["environment.path"]),
-        (["chat", "./gone"], 1, ["no such model folder"]),
+        (["chat", "./gone"], 1, ["no such folder"]),
+        (["chat", "runs/gone"], 1, ["no such folder"]),
+        (["chat", "there/gone"], 1, ["no such folder"]),
         (["evaluate", "gone"], 1, ["no such folder"]),
+        (["train", "tiny.toml", "--resume"], 1, ["no run of this name to resume"]),
+        (["train", "tiny.toml", "--resume", "--dry-run"], 1, ["no run of this name to resume"]),
+        (["train", "tiny.toml", "--dry-run", "--set", "run.dir=tiny.toml"], 1, ["cannot be written"]),
+        (["train", "tiny.toml", "--dry-run", "--set", "run.mirror=zz://x"], 2, ["zz://"]),
+        (["train", "tiny.toml", "--dry-run", *TARGET], 2, ["names no linear module", "q_proj"]),
+        (["train", "x" * 300], 2, ["cannot be read", "name too long"]),
+        (["batch", "tiny.toml", "gone.jsonl", "out"], 2, ["no such data set"]),
+        (["batch", "tiny.toml", "empty.jsonl", "out"], 2, ["no rows"]),
         (["init", "."], 1, ["nothing is overwritten"]),
         (["doctor", "missing.toml"], 2, ["cannot be read"]),
         (["trian"], 2, ["trian"]),
@@ -85,6 +96,8 @@ def test_the_commands() -> None:
 def test_a_mistake_gets_one_clear_error(args: list[str], code: int, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "broken.toml").write_text("[run")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "there").mkdir()
     done = run.invoke(cli.app, args)
     assert done.exit_code == code, done.output
     for word in words:
@@ -199,3 +212,32 @@ def test_a_batch_is_refused_before_anything_loads(tmp_path: Path) -> None:
     done = run.invoke(cli.app, ["batch", "tiny.toml", "in.jsonl", "out"])
     assert (done.exit_code, "not one of the 1 rows can be used" in done.stderr) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["evaluate", "gone"],
+        ["chat", "runs/gone"],
+        ["batch", "tiny.toml", "gone.jsonl", "out"],
+        ["train", "tiny.toml", "--resume"],
+        ["train", "tiny.toml", "--set", "run.dir=tiny.toml"],
+        ["train", "tiny.toml", "--set", "environment.path=no.where:X"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_there_is_said_before_anything_heavy_loads(args: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    code = (
+        "import sys\n"
+        "from stateset_ray.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "print(code, sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] in ("1 []", "2 []"), done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
