@@ -11,7 +11,6 @@ tools are refused. What is inside of a call is data: it is handed to the client 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -26,7 +25,6 @@ from stateset_ray.serving.reading import Strict
 __all__ = ["CalledTool", "OfferedTool", "ToolsAnswer", "tool_renderer", "written"]
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_BLOCK = re.compile(rf"{_OPEN}\s*(.*?)\s*{_CLOSE}", re.DOTALL)
 _NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 
@@ -57,6 +55,8 @@ class CalledTool(Strict):
     id: str = Field(min_length=1, max_length=64)
     type: Literal["function"]
     function: _Call
+    index: int | None = None
+    """OpenAI's client leaves it in what it puts together from a stream; the place says as much."""
 
 
 def written(content: str, calls: Sequence[CalledTool]) -> str:
@@ -162,8 +162,8 @@ class ToolsAnswer(Answer):
 
     def _read(self, choice: int, text: str) -> tuple[str, list[dict[str, Any]]]:
         """What is said before the calls, and the calls; none where one of them is not what was offered."""
-        blocks = _BLOCK.findall(text)
-        if not blocks or self.finish(choice) != "stop":
+        blocks = list(_blocks(text)) if self.finish(choice) == "stop" else []
+        if not blocks:
             return text, []
         calls: list[dict[str, Any]] = []
         for place, block in enumerate(blocks):
@@ -186,6 +186,14 @@ class ToolsAnswer(Answer):
         return text[: text.index(_OPEN)].rstrip(), calls
 
 
+def _blocks(text: str) -> Iterator[str]:
+    """What is between the marks, in one pass: a policy may well write nothing but marks, or line breaks."""
+    end = 0
+    while (begin := text.find(_OPEN, end)) >= 0 and (close := text.find(_CLOSE, begin)) >= 0:
+        yield text[begin + len(_OPEN) : close].strip()
+        end = close + len(_CLOSE)
+
+
 def _refused(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
@@ -206,5 +214,9 @@ def _block(name: str, arguments: dict[str, Any]) -> str:
 
 
 def _json(value: Any) -> str:
-    """As chat templates write it."""
-    return json.dumps(value, ensure_ascii=False)
+    """As chat templates write it.
+
+    Raises:
+        ValueError: it holds what JSON has no number for, as `1e999` is read.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import runpy
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from stateset_ray.models import load_tokenizer
 from stateset_ray.policies.base import Reply
 from stateset_ray.policies.nucleus import Sampled
 from stateset_ray.policies.renderer import Renderer
-from stateset_ray.serving.events import Ended, Piece
+from stateset_ray.serving.events import Ask, Ended, Piece, Refused
 from stateset_ray.serving.held_policy import load_policy
 from stateset_ray.serving.source import Candidate
 from stateset_ray.serving.tool_calls import ToolsAnswer, tool_renderer
@@ -141,6 +142,7 @@ def test_what_was_sampled_is_gone_on_with(make, held):
         '<tool_call>{"name": "look", "arguments": "{}"}</tool_call>',
         '<tool_call>{"name": "look"}</tool_call>',
         '<tool_call>{"name": "look", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "look", "arguments": {"a": 1e999}}</tool_call>',
         '<tool_call>{"name": "look", "arguments": {"a": "\\ud800"}}</tool_call>',
         "<tool_call>" + "[" * 60 + "</tool_call>",
     ],
@@ -180,6 +182,41 @@ def test_in_pieces_or_whole_the_same_is_said(text, cuts):
     assert said == answer.completion()["choices"][0]["message"]["content"] == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>" + "\n" * 20_000 + "x", "<tool_call>" * 20_000, "<tool_call></tool_call>" * 20_000,
+        "<tool_call>" + "\n" * 20_000 + "</tool_call>",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_whatever_is_written_is_read_in_one_pass(text, finish):
+    """What is read again and again stops every answer of its ingress meanwhile."""
+    answer = ToolsAnswer("chatcmpl-1", "m", 0)
+    answer.take((Piece(0, text), Ended(0, finish, 1)))
+    started = time.process_time()
+    assert answer.completion()["choices"][0]["message"]["content"] == text
+    assert time.process_time() - started < 0.5
+
+
+def test_what_openais_stream_puts_together_can_be_sent_back(make, held):
+    """It leaves `index` in the calls."""
+    says(held, CALL)
+    talk = [{"role": "user", "content": "Where is 7?"}]
+
+    async def play():
+        ai = client(make())
+        asked = {"model": "tiny", "tools": [LOOK]}
+        async with ai.chat.completions.stream(messages=talk, **asked) as stream:
+            said = (await stream.get_final_completion()).choices[0].message
+        assert said.tool_calls[0].model_dump()["index"] == 0
+        talk.append(said)
+        talk.append({"role": "tool", "content": "On its way.", "tool_call_id": said.tool_calls[0].id})
+        assert (await ai.chat.completions.create(messages=talk, **asked)).choices
+
+    asyncio.run(play())
+
+
 def test_a_template_without_tools_refuses_them(make, policies):
     async def play():
         with pytest.raises(openai.BadRequestError) as caught:
@@ -201,6 +238,28 @@ def test_a_template_that_writes_calls_in_another_way_refuses_them(old, new):
     tokenizer.chat_template = HERMES.replace(old, new)
     with pytest.raises(TemplateError, match=r"another way|in a way"):
         tool_renderer(Renderer(tokenizer), tokenizer, json.dumps([LOOK]))
+
+
+def test_tools_that_cannot_fit_are_refused_before_they_are_rendered(held, monkeypatch):
+    """They stop every answer of the replica while they are; and what leaves no room is not kept."""
+    rendered, renderer = [], held.renderer
+    with_tools = type(renderer).with_tools
+    monkeypatch.setattr(type(renderer), "with_tools", lambda *a: rendered.append(1) or with_tools(*a))
+
+    async def refusal(length: int) -> Refused:
+        tool = {"type": "function", "function": {"name": "look", "description": "x" * length}}
+        ask = Ask("i", "t", "", (Message("user", "hi"),), 4, 1.0, 1, tools=json.dumps([tool]))
+        [[refused]] = [events async for events in held.answer(ask)]
+        return refused
+
+    async def play():
+        far = await refusal(held.max_context * renderer.longest_token)
+        assert (far.code, far.param, rendered) == ("context_length_exceeded", "tools", [])
+        near = await refusal(held.max_context)
+        assert (near.code, near.param, rendered) == ("context_length_exceeded", "messages", [1])
+        assert not held._renderers
+
+    asyncio.run(play())
 
 
 def test_control_tokens_in_tools_stay_words(held):
