@@ -17,7 +17,7 @@ lately is remembered (`_REMEMBERED`), unless the template writes the time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
@@ -32,6 +32,8 @@ _REMEMBERED = 1024
 """Texts of one kind that are remembered: openings, suffixes, scripted replies, sampled replies."""
 _LONG = 16_384
 """Characters beyond which a prompt is not remembered: a thousand of them would fill a machine."""
+_LONG_IDS = 4096
+"""Tokens, likewise: a character may be several, and each takes more memory than the character."""
 
 _Said = tuple[tuple[Role, str], ...]
 """(role, content) of messages: what templates are given of them, and what hashes."""
@@ -96,7 +98,7 @@ class Renderer:
         said = _said(messages)
         if characters(messages) > _LONG:
             return self._render_opening(self._template, said)
-        return self._opening(self._template, said)
+        return _recalled(self._opening, self._template, said)
 
     def suffix(self, messages: Sequence[Message], *, stopped: bool = True) -> tuple[int, ...]:
         """What follows a reply: the new messages and the next generation prompt.
@@ -108,12 +110,17 @@ class Renderer:
         """
         if characters(messages) > _LONG:
             return self._render_suffix(self._template, _said(messages), stopped)
-        return self._suffix(self._template, _said(messages), stopped)
+        return _recalled(self._suffix, self._template, _said(messages), stopped)
 
     @cached_property
     def longest_token(self) -> int:
         """Characters of the longest token: a prompt of n tokens has at most n times as many."""
         return max(len(token) for token in self._tokenizer.get_vocab())
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of a prompt in which next to nothing is said."""
+        return len(self._prompt)
 
     def next_prompt(
         self, ids: Sequence[int], messages: Sequence[Message], new: int, *, stopped: bool
@@ -187,7 +194,8 @@ class Renderer:
 
     def _remember(self) -> None:
         remember = lru_cache(0 if "strftime_now" in str(self._tokenizer.chat_template) else _REMEMBERED)
-        self._opening, self._suffix = remember(self._render_opening), remember(self._render_suffix)
+        self._opening = remember(_short(self._render_opening))
+        self._suffix = remember(_short(self._render_suffix))
         self._reply, self._text = remember(self._render_reply), remember(self._read)
 
     @property
@@ -302,6 +310,31 @@ class Renderer:
             if (ids, again) != (once, twice):
                 return False
         return True
+
+
+class _Long(Exception):
+    """Carries the ids of a prompt past what would remember them."""
+
+    def __init__(self, ids: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ids = ids
+
+
+def _short(render: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[int, ...]]:
+    def rendered(*given: Any) -> tuple[int, ...]:
+        ids = render(*given)
+        if len(ids) > _LONG_IDS:
+            raise _Long(ids)
+        return ids
+
+    return rendered
+
+
+def _recalled(remembered: Callable[..., tuple[int, ...]], *given: Any) -> tuple[int, ...]:
+    try:
+        return remembered(*given)
+    except _Long as long:
+        return long.ids
 
 
 def characters(messages: Sequence[Message]) -> int:

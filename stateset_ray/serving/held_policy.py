@@ -127,17 +127,7 @@ class HeldPolicy:
             await self.engine.close()
 
     async def _answer(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:
-        said = len(ask.prompt) if isinstance(ask.prompt, str) else characters(ask.messages)
-        if said > self.max_context * self.renderer.longest_token:  # found out before rendering costs anything
-            yield (
-                Refused(
-                    400, "context_length_exceeded",
-                    f"the conversation has {said} characters, which the policy's context of "
-                    f"{self.max_context} tokens cannot hold", "messages",
-                ),
-            )  # fmt: skip
-            return
-        prompt = self._prompt(ask)
+        prompt = self._too_long(ask) or self._prompt(ask)
         if isinstance(prompt, Refused):
             yield (prompt,)
             return
@@ -165,6 +155,20 @@ class HeldPolicy:
                 for i in range(ask.choices):
                     self.engine.release(f"{ask.id}/{i}")
 
+    def _too_long(self, ask: Ask) -> Refused | None:
+        """The refusal of what cannot fit: found out before rendering costs anything."""
+        where, said = "messages", characters(ask.messages) + len(ask.tools)
+        if ask.prompt is not None:  # token ids are counted as they are
+            where, said = "prompt", len(ask.prompt) if isinstance(ask.prompt, str) else 0
+        most = self.max_context * self.renderer.longest_token
+        if said <= most:
+            return None
+        return Refused(
+            400, "context_length_exceeded",
+            f"the conversation has {said} characters, which the policy's context of "
+            f"{self.max_context} tokens cannot hold", "tools" if len(ask.tools) > most else where,
+        )  # fmt: skip
+
     def _prompt(self, ask: Ask) -> tuple[int, ...] | Refused:
         if ask.prompt is not None:
             ids = raw_prompt(self.renderer, self.tokenizer, ask.prompt, self.engine.vocabulary)
@@ -184,12 +188,15 @@ class HeldPolicy:
             return Refused(400, "invalid_messages", "the chat template refuses these messages", "messages")
 
     def _shown(self, tools: str) -> Renderer:
-        """The renderer for conversations with these tools; the last few are kept."""
-        if tools not in self._renderers:
+        """The renderer for conversations with these tools; the last few that leave room to speak are kept."""
+        if found := self._renderers.get(tools):
+            return found
+        made = tool_renderer(self.renderer, self.tokenizer, tools)
+        if made.shortest < self.max_context:
             while len(self._renderers) >= _RENDERERS:
                 self._renderers.pop(next(iter(self._renderers)))
-            self._renderers[tools] = tool_renderer(self.renderer, self.tokenizer, tools)
-        return self._renderers[tools]
+            self._renderers[tools] = made
+        return made
 
     def _budget(self, ask: Ask, prompt: int) -> int | Refused:
         """Tokens that each reply may take."""

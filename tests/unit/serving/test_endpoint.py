@@ -485,6 +485,9 @@ def test_what_cannot_fit_is_refused_before_it_is_made_into_tokens(held, monkeypa
         for length in (longest + 1, longest):
             [[refused]] = [part async for part in held.answer(ask(messages=(Message("user", "x" * length),)))]
             assert (refused.status, refused.code) == (400, "context_length_exceeded")
+            assert refused.param == "messages"
+        [[refused]] = [part async for part in held.answer(ask(messages=(), prompt="x" * (longest + 1)))]
+        assert (refused.code, refused.param) == ("context_length_exceeded", "prompt")
 
     asyncio.run(play())
     assert rendered == [1]  # of the one that might have fitted, by its characters

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stateset_ray.models import load_tokenizer
+from stateset_ray.policies.renderer import Renderer
 from stateset_ray.serving.answers import Answer
 from stateset_ray.serving.autoscaling import METRIC, TokensPerReplica, replicas_wanted
 from stateset_ray.serving.events import Began, Ended, Piece, TokenLogprob, in_parts
@@ -139,6 +141,17 @@ def test_a_known_conversation_goes_on_with_its_ids(renderer):
     for text in ("x", "y"):
         memory.remember("t", (Message("user", text),), ids, stopped=True)
     assert memory.prompt(renderer, "t", follow) == renderer.opening(follow)  # forgotten
+
+
+def test_what_is_many_tokens_is_not_remembered():
+    """Of 16,000 characters it may be 50,000 tokens, of which a thousand would fill a machine."""
+    renderer = Renderer(load_tokenizer("tiny"))
+    said = [Message("user", "\u4e2d" * 4000)]  # whose bytes are a token each
+    before = renderer._opening.cache_info().currsize, renderer._suffix.cache_info().currsize
+    for ids in (renderer.opening(said), renderer.suffix(said)):
+        assert len(ids) > 8000
+    assert renderer.opening(said) == renderer._render(said, prompt=True)
+    assert (renderer._opening.cache_info().currsize, renderer._suffix.cache_info().currsize) == before
 
 
 def test_the_table_of_metrics_is_sound():
