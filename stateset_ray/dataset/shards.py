@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from stateset_ray.errors import ConfigError, RunError
 from stateset_ray.manifest import sync_folder, write_synced
+from stateset_ray.plain import plain
 
 __all__ = ["Output", "Shard"]
 
@@ -215,7 +216,7 @@ def _whole_lines(path: Path) -> list[Any]:
 
 def _line(row: Mapping[str, Any]) -> str:
     # Environments put what they like into their facts.
-    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace").decode() + "\n"
+    return json.dumps(plain(row), ensure_ascii=False) + "\n"
 
 
 def _finished(line: bytes, path: Path) -> dict[str, Any]:
@@ -250,22 +251,22 @@ def _check_ours(folder: Path) -> None:
 
 def _check_asked(folder: Path, asked: Mapping[str, Any]) -> None:
     """Refuse to add rows to those of other weights or settings."""
-    plain = json.loads(json.dumps(asked))
+    wanted = json.loads(json.dumps(asked))
     path = folder / _ASKED
     if not path.is_file():
         beside = folder / f".lock.{_ASKED}"  # what death leaves of it is passed over by `_check_ours`
-        write_synced(beside, json.dumps(plain, indent=2).encode() + b"\n")
+        write_synced(beside, json.dumps(wanted, indent=2).encode() + b"\n")
         os.replace(beside, path)
         return
     try:
         before = json.loads(path.read_bytes())
     except ValueError as error:
         raise RunError(f"{_ASKED} is damaged", given=str(path), mend="take another folder") from error
-    differ = sorted(key for key in before.keys() | plain.keys() if before.get(key) != plain.get(key))
+    differ = sorted(key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key))
     if differ:
         raise ConfigError(
             "this folder holds the results of another batch: " + "; ".join(
-                f"{key} was {before.get(key)!r} and is {plain.get(key)!r}" for key in differ
+                f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}" for key in differ
             ),
             given=str(folder),
             mend="give a new folder, or ask for the same (name the checkpoint where a run has newer ones)",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stateset_ray.actors.batch.results import Answers
@@ -196,6 +197,15 @@ def test_processes_that_die_before_any_row_stop_the_run(tmp_path: Path) -> None:
                 worker(None).work(work)
         with pytest.raises(ClusterError, match="3 processes, one after the other, died"):
             worker(None).work(work)
+
+
+def test_a_row_is_written_whatever_an_environment_put_into_its_facts(tmp_path: Path) -> None:
+    facts = {"score": np.float32(0.5), "seen": {1}, (1, 2): float("nan"), "half": "\ud83d"}
+    with Output.opened(tmp_path / "out", ASKED) as out:
+        shard = out.shard(0)
+        shard.keep({"id": "a", "info": facts})
+        [row] = shard.kept()
+    assert row["info"] == {"score": 0.5, "seen": [1], "(1, 2)": None, "half": "?"}
 
 
 def test_a_line_that_death_has_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
