@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from stateset_ray.environments.tools import Toolbox
@@ -123,20 +125,14 @@ def load_environment(path: str, options: Mapping[str, Any]) -> type[Environment]
     `gymnasium:Id` is the environment that gymnasium knows by that id (`environments.gymnasium_text`).
 
     Raises:
-        ConfigError: the module or class does not exist, is no Environment, or does not take an option.
+        ConfigError: the module or class does not exist or cannot be imported, is no Environment, or does not
+            take an option.
     """
     module_name, _, class_name = path.partition(":")
     if adapter := _NAMED.get(module_name):
         of_id: type[Environment] = importlib.import_module(adapter).named(class_name)
         return of_id
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"the environment's module cannot be imported: {error}",
-            given=path,
-            mend="name it as package.module:Class, importable from where you start the run",
-        ) from error
+    module = _imported(module_name, path)
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Environment)):
         near = [
@@ -163,6 +159,43 @@ def load_environment(path: str, options: Mapping[str, Any]) -> type[Environment]
     return found
 
 
+def _imported(name: str, path: str) -> ModuleType:
+    """The module of an environment; whatever it does when it is imported is its author's to hear of."""
+    mend = "name it as package.module:Class, importable from where you start the run"
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError("this is no name of a module", given=path, mend=mend)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"the environment's module cannot be imported: {error}{_where(error)}", given=path, mend=mend
+        ) from error
+    except StatesetError:
+        raise
+    except (Exception, SystemExit) as error:  # a module that exits would end the command, unsaid
+        raise ConfigError(
+            f"the environment's module cannot be imported: {_told(error)}{_where(error)}",
+            given=path,
+            mend=f"mend that module; all that it says: python -c 'import {name}'",
+        ) from error
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it calls sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+
+
+def _where(error: BaseException) -> str:
+    """The file and line that an error is of, where they are known."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename not in (__file__, importlib.__file__) and not frame.filename.startswith("<frozen"):
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
+
+
 def build_environment(path: str, options: Mapping[str, Any]) -> Environment:
     """One instance of the environment at `path`.
 
@@ -182,9 +215,9 @@ def construct(cls: type[Environment], options: Mapping[str, Any]) -> Environment
         return cls(**options)
     except StatesetError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"{cls.__name__} cannot be built: {type(error).__name__}: {error}", given=dict(options)
+            f"{cls.__name__} cannot be built: {_told(error)}{_where(error)}", given=dict(options)
         ) from error
 
 

@@ -241,3 +241,24 @@ def test_what_is_not_there_is_said_before_anything_heavy_loads(args: list[str], 
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] in ("1 []", "2 []"), done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "quits.toml"],
+        ["submit", "quits.toml"],
+        ["chat", "--play", "quits.toml"],
+        ["chat", "--play", "--environment", "quits:A"],
+        ["sweep", "quits.toml", "grpo"],
+        ["evaluate", "quits.toml"],
+    ],
+    ids=" ".join,
+)
+def test_an_environment_that_exits_on_import_ends_no_command_in_silence(
+    command: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "quits.py").write_text("import sys; sys.exit(0)\n")
+    (tmp_path / "quits.toml").write_text(TINY + '[environment]\npath = "quits:A"\n')
+    done = run.invoke(cli.app, command)
+    assert (done.exit_code, "it calls sys.exit(0)" in done.output) == (2, True), done.output

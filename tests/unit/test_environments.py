@@ -6,13 +6,21 @@ import asyncio
 import json
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateset_ray.environments.base import Environment, build_environment, call, load_environment
+from stateset_ray.environments.base import (
+    Environment,
+    build_environment,
+    call,
+    construct,
+    load_environment,
+)
 from stateset_ray.environments.boundary import ask
 from stateset_ray.environments.customer_service import CustomerService
 from stateset_ray.environments.echo import Echo
@@ -316,3 +324,42 @@ class _Waits(Echo):
     async def step(self, message: Message) -> Step:
         await asyncio.Event().wait()
         return Step()
+
+
+# What a module of somebody's does when it is imported
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import sys; sys.exit(0)", r"it calls sys.exit\(0\) \(.*quits\.py, line 1\)"),
+        ("x = 1\ndef f(:", r"SyntaxError: invalid syntax \(.*quits\.py, line 2\)"),
+        ("\n\n1 / 0", r"ZeroDivisionError: division by zero \(.*quits\.py, line 3\)"),
+        ("\nimport nowhere", r"No module named 'nowhere' \(.*quits\.py, line 2\)"),
+    ],
+)
+@pytest.mark.parametrize("path", ["quits:A", "gymnasium:quits:A"])
+def test_a_module_that_cannot_be_imported_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str, path: str
+) -> None:
+    (tmp_path / "quits.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "quits", raising=False)
+    with pytest.raises(ConfigError, match=says if path == "quits:A" else says.partition(r" \(")[0]):
+        build_environment(path, {})
+
+
+@pytest.mark.parametrize("path", [".b:C", "a..b:C", "a.:C"])
+def test_a_relative_name_is_no_module(path: str) -> None:
+    with pytest.raises(ConfigError, match="no name of a module"):
+        load_environment(path, {})
+
+
+class Leaves(Echo):
+    def __init__(self) -> None:
+        sys.exit(0)
+
+
+def test_an_environment_that_exits_where_it_is_built_ends_no_command() -> None:
+    with pytest.raises(ConfigError, match=r"sys\.exit\(0\).*test_environments"):
+        construct(Leaves, {})
