@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stateset_ray.actors.address import check_answers, host_and_port
 from stateset_ray.actors.memory import expected_memory, size
 from stateset_ray.config import Config
 from stateset_ray.environments.base import build_environment, check_expert, has_expert
-from stateset_ray.errors import StatesetError
+from stateset_ray.errors import ClusterError, StatesetError
 from stateset_ray.models import check_fits, config_only, count_parameters, load_tokenizer
 from stateset_ray.models import generation_stop_ids as stop_ids
 from stateset_ray.offline_models import cache_dir
@@ -177,16 +178,12 @@ def _ray_address(config: Config) -> Finding:
     source = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
     if not address or address == "local":
         return Finding("ray cluster", "ok", "starts one of its own on this machine (--ray tries it)")
-    match = re.fullmatch(r"(?:\w+://)?([\w.-]+):(\d+)", address)
-    if match is None:
+    if host_and_port(address) is None:
         return Finding("ray cluster", "note", f"joins {address!r} ({source}); --ray tries it")
     try:
-        socket.create_connection((match[1], int(match[2])), timeout=3).close()
-    except OSError as error:
-        return Finding(
-            "ray cluster", "fail", f"nothing answers at {address} ({source}): {error}",
-            f"start that cluster, or unset {source} to start one here",
-        )  # fmt: skip
+        check_answers(address, source)
+    except ClusterError as error:
+        return Finding("ray cluster", "fail", f"{error.problem} ({error.given})", error.mend)
     return Finding("ray cluster", "ok", f"{address} answers ({source})")
 
 
@@ -277,7 +274,19 @@ def _environment(config: Config) -> Finding:
             check_expert(environment)
         return Finding("environment", "ok", f"{section.path}; it has no expert, so it was not played")
     renderer = Renderer(load_tokenizer(config.model.name), frozenset(stop_ids(config.model.name)))
-    rewards = []
+    try:
+        return _play_expert(config, renderer)
+    except StatesetError:
+        raise
+    except (Exception, SystemExit) as error:  # of the environment's own methods
+        return Finding(
+            "environment", "fail", f"{section.path} raised {type(error).__name__}: {error}",
+            f"mend {section.path}",
+        )  # fmt: skip
+
+
+def _play_expert(config: Config, renderer: Renderer) -> Finding:
+    section, rewards = config.environment, []
     for index in range(_EXPERT_TASKS):
         played = build_environment(section.path, section.options)
         script = ScriptedPolicy(renderer, lambda _, played=played: played.expert())  # type: ignore[misc]

@@ -25,6 +25,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from stateset_ray.actors.address import check_answers
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError
 
@@ -118,12 +119,14 @@ def cluster(config: Config, *, at_least_cpus: float = 0, in_turn: bool = False) 
         yield
         return
     address = _address(config)
+    source = "cluster.address" if address == config.cluster.address else "RAY_ADDRESS"
     if address.startswith(("http://", "https://")):
         raise ClusterError(
             "this is the address of a dashboard: it takes jobs, but no run can join a cluster there",
             given=address,
             mend="submit the run (stateset-ray submit CONFIG), or give HOST:6379 on a machine of the cluster",
         )
+    check_answers(address, source)
     try:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level="ERROR")
@@ -136,10 +139,15 @@ def cluster(config: Config, *, at_least_cpus: float = 0, in_turn: bool = False) 
                 log_to_driver=True, logging_level="ERROR",
             )  # fmt: skip
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError, ...
+        if address:
+            raise ClusterError(
+                f"Ray cannot be reached: {error}", given=f"{address} ({source})",
+                mend=f"check {source} and the token; stateset-ray doctor tells more",
+            ) from error  # fmt: skip
         raise ClusterError(
-            f"Ray cannot be {'reached' if address else 'started'}: {error}",
-            given=address or "local",
-            mend="check cluster.address, RAY_ADDRESS and the token; stateset-ray doctor tells more",
+            f"Ray did not start on this machine: {error}",
+            mend="look for a machine that is overloaded, short of memory, or without room in /tmp (df /tmp); "
+            "stateset-ray doctor --ray tries it alone",
         ) from error
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from stateset_ray import doctor
 from stateset_ray.actors.memory import expected_memory, size
 from stateset_ray.config import Config
 from stateset_ray.doctor import TESTED, Finding, examine, show
+from stateset_ray.environments.echo import Echo
 from stateset_ray.models import Hardware, load_model
 from stateset_ray.policies.transformers_engine import TransformersEngine
+from stateset_ray.types import Split, Task
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,3 +177,22 @@ def test_expected_memory_is_what_is_allocated() -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0.0 MiB"), (2**20, "1.0 MiB"), (2**30, "1.00 GiB")])
 def test_size(count: int, text: str) -> None:
     assert size(count) == text
+
+
+class Breaks(Echo):
+    def expert(self) -> str:
+        raise KeyError("no such order")
+
+    def task(self, split: Split, index: int) -> Task:
+        raise ValueError("no such split")
+
+
+def test_what_an_environment_raises_is_its_authors_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quits.py").write_text("import sys; sys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path, says in (("quits:A", "sys.exit(0)"), (f"{__name__}:Breaks", "ValueError: no such split")):
+        settings = config(f"environment.path={path}")
+        found = doctor._guarded("environment", partial(doctor._environment, settings))
+        assert (found.status, says in found.detail, "report" in found.mend) == ("fail", True, False)

@@ -1,10 +1,16 @@
-"""Ray's own start, where the machine is too busy for it; without Ray."""
+"""Ray's own start on a busy machine, and addresses that nobody answers at; without Ray."""
+
+import socket
+import time
 
 import pytest
 import ray
 
 from stateset_ray.actors import placement
-from stateset_ray.actors.placement import start_ray
+from stateset_ray.actors.address import host_and_port
+from stateset_ray.actors.placement import cluster, start_ray
+from stateset_ray.config import load_config
+from stateset_ray.errors import ClusterError
 
 SLOW = Exception(
     "The current node timed out during startup. This could happen because some of the raylet ..."
@@ -61,3 +67,54 @@ def test_idle_threads_sleep_and_sooner_where_others_compute(monkeypatch, given, 
     monkeypatch.setattr(placement.os, "environ", dict(given))
     placement._let_idle_threads_sleep(in_turn)
     assert placement.os.environ == wanted
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """A port at which nobody listens."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield probe.getsockname()[1]  # bound, so that nobody else takes it
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
+@pytest.mark.parametrize("source", ["cluster.address", "RAY_ADDRESS"])
+def test_an_address_that_nobody_answers_at_is_refused_in_seconds(starts, monkeypatch, nobody, form, source):
+    address, settings = form.format(nobody), []
+    if source == "RAY_ADDRESS":
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    else:
+        settings = [f"cluster.address={address}"]
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match="nothing answers") as caught, cluster(load_config(None, settings)):
+        pass
+    assert time.monotonic() - began < 10
+    assert (source in caught.value.given, starts[1]) == (True, [])
+
+
+def test_an_address_that_is_answered_at_is_joined(starts, monkeypatch, nobody):
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in (f"127.0.0.1:{server.getsockname()[1]}", "auto"):
+            with cluster(load_config(None, [f"cluster.address={address}"])):
+                assert starts[1][-1]["address"] == address
+
+
+def test_a_start_that_fails_here_blames_no_address(starts, nobody):
+    starts[0][:] = [SLOW, SLOW]
+    failed = pytest.raises(ClusterError, match="did not start on this machine")
+    with failed as caught, cluster(load_config()):
+        pass
+    assert caught.value.given is None
+    assert "/tmp" in caught.value.mend and "address" not in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted"),
+    [("auto", None), ("local", None), ("", None), ("anyscale://x", None), ("[::1]:6379", ("::1", 6379)),
+     ("ray://head:10001", ("head", 10001)), ("10.0.0.1:6379", ("10.0.0.1", 6379))],
+)  # fmt: skip
+def test_the_forms_of_an_address(address, wanted):
+    assert host_and_port(address) == wanted
