@@ -92,7 +92,7 @@ def add_agent(app: FastAPI, replying: Replying, store: Store | None) -> None:
             return acted(first, replying.answered, tools, settings, request.scope["state"]["request_id"])
 
         events = conversing(store, replying.settings.conversations, ask.tenant, wanted, longest, act)
-        return await replying.respond(request, wanted, answer, events)
+        return await replying.respond(request, wanted, answer, events, longest)
 
 
 async def acted(

@@ -51,7 +51,7 @@ def add_chats(app: FastAPI, replying: Replying, store: Store | None) -> None:
         seconds = replying.settings.deadlines.total
         kept_by = replying.settings.conversations
         events = conversing(store, kept_by, caller_of(request).name, wanted, seconds, reply)
-        return await replying.respond(request, wanted, answer, events)
+        return await replying.respond(request, wanted, answer, events, seconds)
 
 
 def conversing(

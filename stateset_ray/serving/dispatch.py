@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol
 
-from stateset_ray.serving.events import Ask, Began, Event, Refused
+from stateset_ray.serving.events import Ask, Began, Ended, Event, Refused
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.settings import ServeSettings
@@ -78,7 +78,6 @@ async def answered(
         try:
             async with aclosing(_timed(policies, ask, settings, end)) as answer:
                 async for events in answer:
-                    _raise_refusal(events)
                     if ask.stream:
                         shown = True
                         yield events
@@ -107,8 +106,12 @@ async def answered(
 async def _timed(
     policies: Policies, ask: Ask, settings: ServeSettings, end: float
 ) -> AsyncGenerator[tuple[Event, ...]]:
-    """The events within their deadlines."""
-    deadlines, began = settings.deadlines, False
+    """The events within their deadlines.
+
+    Raises:
+        PolicyLost: they stop before every choice has ended; a replica that dies may look like that.
+    """
+    deadlines, began, running = settings.deadlines, False, ask.choices
     async with aclosing(policies.ask(ask)) as answer:
         while True:
             limit = deadlines.first_token
@@ -121,8 +124,12 @@ async def _timed(
                 what = "goes on too slowly" if began else "did not begin in time"
                 raise ApiError(504, "deadline_exceeded", f"the answer {what}, and was given up") from None
             if events is None:
+                if running > 0:
+                    raise PolicyLost
                 return
             began = began or any(isinstance(event, Began) for event in events)
+            running -= sum(isinstance(event, Ended) for event in events)
+            _raise_refusal(events)
             yield events
 
 

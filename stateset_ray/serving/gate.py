@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from stateset_ray.serving.faults import ApiError
@@ -37,9 +38,12 @@ _READY = frozenset({"/readyz", "/health/ready"})
 _OPEN = frozenset({"/healthz", "/health", "/health/live"}) | _READY
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # By these any client could switch off the proxy's time limit, its cancellation, or its choice of replica.
-_STEERING = ("x-request-timeout-seconds", "x-request-disconnect-disabled", "serve_multiplexed_model_id")
-# Answers are not kept to be given again: who relies on that is told so, as with any other parameter.
-_UNKEPT = "idempotency-key"
+# Answers are not kept to be given again: who relies on the last is told so, as with any other parameter.
+_REFUSED = (
+    "x-request-timeout-seconds", "x-request-disconnect-disabled", "serve-multiplexed-model-id",
+    "idempotency-key",
+)  # fmt: skip
+_SESSION = "x-session-id"
 _REQUEST_ID = "x-request-id"
 _log = logging.getLogger("ray.serve")
 
@@ -121,6 +125,8 @@ class Gate:
             if error.status == 429:
                 self._meters.add("shed", 1, reason=error.code)
             await visit.refuse(error)
+        except ClientDisconnect:
+            pass  # nobody is there to be told, and nothing failed
         except Exception:
             _log.exception("a request failed", extra={"request": visit.id})
             await visit.refuse(ApiError(500, "internal_error", "the server failed to answer"))
@@ -136,8 +142,9 @@ class Gate:
             raise ApiError(
                 400, "invalid_header", "x-request-id must be 1 to 128 plain characters", _REQUEST_ID
             )
-        for name in (*_STEERING, _UNKEPT):
-            if name in headers:
+        for given in headers:
+            name = given.lower().replace("_", "-")  # Serve takes both for the same
+            if name in _REFUSED or (name == _SESSION and "_" in given):  # of which we would read the other
                 raise ApiError(400, "unsupported_header", f"the header {name} is not accepted", name)
         if path in self._open:
             if self.draining and path in _READY:
@@ -148,6 +155,8 @@ class Gate:
             raise ApiError(403, "wrong_host", "without API keys this endpoint answers to localhost only")
         caller = self._keys.caller(headers.get("authorization"))
         caller.need(_scope_of(path))
+        if path != "/" and path.endswith("/"):  # else Starlette would send them elsewhere, by HTTP, for good
+            raise ApiError(404, "not_found", "there is no such route")
         if self.draining:
             raise self._draining()
         if visit.scope["method"] == "POST":
@@ -196,6 +205,7 @@ class _Visit:
         self._most: int | None = None
         self._received = 0
         self._whole = False
+        self._left = False
         self._end = math.inf
 
     def limit(self, most: int, seconds: float) -> None:
@@ -217,6 +227,7 @@ class _Visit:
                 message = await self._receive()
         except TimeoutError:
             raise ApiError(408, "body_too_slow", "the body did not come in time") from None
+        self._left = message["type"] == "http.disconnect"
         self._whole = not message.get("more_body", False)
         self._received += len(message.get("body", b""))
         if self._most is not None and self._received > self._most:
@@ -224,6 +235,8 @@ class _Visit:
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
+        if self._left:
+            return
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Send
 
 from stateset_ray.serving.answers import DONE, Answer, framed
 from stateset_ray.serving.dispatch import Policies, answered
@@ -30,6 +32,9 @@ __all__ = ["VERSION_HEADER", "Replying", "caller_of", "no_such_model", "short"]
 
 VERSION_HEADER = "x-policy-version"
 _COLDEST = 1e-4  # below this temperature the likeliest token is taken
+_SPARE_SECONDS = 1.0  # in which who reads is told that the answer took too long
+_log = logging.getLogger("ray.serve")
+_closing = set[asyncio.Task[None]]()  # answers that nobody reads any more
 
 
 class Replying:
@@ -101,9 +106,12 @@ class Replying:
 
     async def respond(
         self, request: Request, wanted: SamplingRequest, answer: Answer,
-        events: AsyncGenerator[tuple[Event, ...]],
+        events: AsyncGenerator[tuple[Event, ...]], seconds: float,
     ) -> Response:  # fmt: skip
         """The response of an answer, whole or as a stream.
+
+        Args:
+            seconds: the longest that the answer may take.
 
         Raises:
             ApiError: it failed before the response began.
@@ -123,12 +131,13 @@ class Replying:
             self.meters.add("prompt_tokens", answer.usage.prompt)
             return JSONResponse(answer.completion(), headers=headers)
         headers["x-accel-buffering"] = "no"  # proxies that would collect the stream
-        body = self._stream(answer, first, events, wanted.include_usage)
-        return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+        body = self._stream(answer, first, events, wanted.include_usage, request.scope["state"]["request_id"])
+        return _Stream(body, seconds + _SPARE_SECONDS, headers)
 
     async def _stream(
-        self, answer: Answer, first: tuple[Event, ...], events: AsyncGenerator[tuple[Event, ...]], usage: bool
-    ) -> AsyncIterator[bytes]:
+        self, answer: Answer, first: tuple[Event, ...], events: AsyncGenerator[tuple[Event, ...]],
+        usage: bool, request: str,
+    ) -> AsyncGenerator[bytes]:  # fmt: skip
         pending: asyncio.Task[tuple[Event, ...] | None] | None = None
         try:
             for chunk in answer.opening():
@@ -151,16 +160,46 @@ class Replying:
                 yield framed(answer.usage_chunk())
         except ApiError as error:
             yield framed(error.body())
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             self.meters.add("cancelled")
             raise
+        except Exception:  # the response has begun: nobody else can say so any more
+            _log.exception("a stream failed", extra={"request": request})
+            yield framed(ApiError(500, "internal_error", "the server failed to answer").body())
         finally:
+            self.meters.add("prompt_tokens", answer.usage.prompt)
             if pending is not None:
                 pending.cancel()
                 await asyncio.gather(pending, return_exceptions=True)
             await events.aclose()  # frees what it still holds
-            self.meters.add("prompt_tokens", answer.usage.prompt)
         yield DONE
+
+
+class _Stream(StreamingResponse):
+    """A response that ends, and lets go of its answer, also where its client leaves or does not read.
+
+    Args:
+        seconds: after which it is given up.
+    """
+
+    def __init__(self, body: AsyncGenerator[bytes], seconds: float, headers: dict[str, str]) -> None:
+        super().__init__(body, media_type="text/event-stream", headers=headers)
+        self._body = body
+        self._seconds = seconds
+
+    async def stream_response(self, send: Send) -> None:
+        """See `StreamingResponse`."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                await super().stream_response(send)
+        except TimeoutError:
+            _log.warning("a client did not read its answer in time")
+        finally:
+            # By a task of its own: who has cancelled this one cancels it again at its next wait.
+            task = asyncio.create_task(self._body.aclose())
+            _closing.add(task)
+            task.add_done_callback(_closing.discard)
+            await asyncio.shield(task)
 
 
 def caller_of(request: Request) -> Caller:

@@ -44,7 +44,7 @@ def add_texts(app: FastAPI, replying: Replying) -> None:
         )
         answers = [replying.answered(ask) for ask in asks]
         events = answers[0] if len(answers) == 1 else together(answers, wanted.n)
-        return await replying.respond(request, wanted, answer, events)
+        return await replying.respond(request, wanted, answer, events, replying.settings.deadlines.total)
 
 
 async def together(

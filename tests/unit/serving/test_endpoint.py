@@ -287,7 +287,10 @@ def test_a_lost_replica_is_asked_again_until_the_first_token(make, policies, rec
     asyncio.run(play())
 
 
-def test_a_stream_that_breaks_says_so_and_ends(make, policies):
+@pytest.mark.parametrize(
+    ("error", "code"), [(PolicyLost(), "replica_lost"), (RuntimeError("inside"), "internal_error")]
+)
+def test_a_stream_that_breaks_says_so_and_ends(make, policies, error, code):
     async def play():
         async with raw(make()) as web:
             asked = {"model": "tiny", "messages": HI, "stream": True, "seed": 1, "max_tokens": 30}
@@ -296,14 +299,15 @@ def test_a_stream_that_breaks_says_so_and_ends(make, policies):
             async def breaking(ask):
                 async for events in broken(ask):
                     yield events
-                    raise PolicyLost
+                    raise error
 
             policies.held.answer = breaking
             answer = await web.post("/v1/chat/completions", json=asked)
         frames = [frame.removeprefix("data: ") for frame in answer.text.split("\n\n") if frame]
         assert answer.status_code == 200
         assert frames[-1] == "[DONE]"
-        assert json.loads(frames[-2])["error"]["code"] == "replica_lost"
+        assert json.loads(frames[-2])["error"]["code"] == code
+        assert "inside" not in answer.text
         assert len(policies.asked) == 1  # what was begun is not begun again
         assert '"finish_reason":"' not in answer.text
 

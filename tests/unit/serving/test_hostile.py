@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from stateset_ray.errors import CheckpointError
-from stateset_ray.serving import release
+from stateset_ray.serving import release, replying
 from stateset_ray.serving.events import Began, Ended, Piece
 from stateset_ray.serving.gate import Gate
 from stateset_ray.serving.rates import Rates
@@ -92,9 +92,10 @@ def test_s4_a_key_is_in_no_metric_and_no_settings(gate, recorders):
 @pytest.mark.parametrize(
     "headers",
     [
-        {"serve_multiplexed_model_id": "other"}, {"x-request-timeout-seconds": "0"},
+        {"serve_multiplexed_model_id": "other"}, {"Serve-Multiplexed-Model-Id": "other"},
+        {"x-request-timeout-seconds": "0"},
         {"X-Request-Disconnect-Disabled": "?1"}, {"x-request-id": "x" * 129}, {"x-request-id": "a;b"},
-        {"x-session-id": "x" * 257}, {"Idempotency-Key": "once"},
+        {"x-session-id": "x" * 257}, {"X_Session_Id": "s"}, {"Idempotency-Key": "once"},
     ],
 )  # fmt: skip
 def test_s9_s27_headers_that_steer_serve_or_rely_on_replay_are_refused(gate, headers):
@@ -136,6 +137,121 @@ def test_s10_a_body_that_does_not_come_gives_its_place_back(gate, pieces):
             assert (await client.post("/v1/chat/completions", json=ASK)).status_code == 200
 
     asyncio.run(play())
+
+
+def asked(body: dict) -> tuple[dict, list]:
+    """The scope and the messages of a request, as a server gives them."""
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {KEY}".encode()), (b"content-type", b"application/json")],
+    }  # fmt: skip
+    return scope, [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_s10_a_client_that_does_not_read_gives_its_place_back(meters, recorders, monkeypatch, leaves):
+    """Straight behind a server that waits until there is room for more; and also if it leaves meanwhile."""
+    monkeypatch.setattr(replying, "_SPARE_SECONDS", 0.1)
+    closed = []
+
+    class Endless(Scripted):
+        async def ask(self, ask):
+            try:
+                yield (Began("v", 1),)
+                while True:
+                    yield (Piece(0, "word"),)
+                    await asyncio.sleep(0)
+            finally:
+                await asyncio.sleep(0)  # as what waits for the other side does
+                closed.append(ask.id)
+
+    security = SecuritySettings(keys=(KeyEntry(name="shop", sha256=digest(KEY)),))
+    settings = ServeSettings(
+        source="tiny", security=security, deadlines=DeadlineSettings(total=60.0 if leaves else 0.2)
+    )
+    gate = Gate(
+        routes(settings, Endless(), meters), KeyRing(security, {}), Rates(settings.rates), settings, meters
+    )
+
+    async def play():
+        scope, messages = asked(ASK | {"stream": True})
+        stuck, told = asyncio.Event(), []
+
+        async def receive():
+            if messages:
+                return messages.pop(0)
+            await (stuck.wait() if leaves else asyncio.Event().wait())
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            told.append(message)
+            if len(told) > 4:
+                stuck.set()
+                await asyncio.Event().wait()
+
+        async with asyncio.timeout(10):
+            await gate(scope, receive, send)
+            while not closed:
+                await asyncio.sleep(0)
+        assert gate.running == 0
+        assert recorders["cancelled"].counted[()] == 1
+
+    asyncio.run(play())
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure_of_ours(gate, recorders, caplog):
+    async def play():
+        told, scope = [], asked(ASK)[0]
+        messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            told.append(message)
+
+        await gate(scope, receive, send)
+        assert not told
+
+    asyncio.run(play())
+    assert [status for _, status in recorders["requests"].counted] == ["4xx"]
+    assert "failed" not in caplog.text
+
+
+def test_nobody_is_sent_elsewhere(gate):
+    """By Starlette's redirect a key would travel to an http:// address that nobody has checked."""
+
+    async def play():
+        async with web(gate) as client:
+            for method, path in (
+                ("POST", "/v1/chat/completions/"),
+                ("GET", "/v1/models/"),
+                ("GET", "/healthz/"),
+            ):
+                answer = await client.request(method, path, json=ASK)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+    asyncio.run(play())
+
+
+def test_an_answer_that_stops_before_its_end_is_asked_for_again(gate, monkeypatch, recorders):
+    begun = []
+
+    async def ask(self, ask):
+        begun.append(ask.id)
+        yield (Began("v", 1), Piece(0, "half"))
+        if len(begun) > 1:
+            yield (Ended(0, "stop", 1),)
+
+    monkeypatch.setattr(Scripted, "ask", ask)
+
+    async def play():
+        async with web(gate) as client:
+            answer = await client.post("/v1/chat/completions", json=ASK)
+            assert answer.json()["choices"][0]["finish_reason"] == "stop"
+
+    asyncio.run(play())
+    assert len(begun) == 2
 
 
 def test_s14_a_checkpoint_that_is_a_link_is_not_chosen(run, tmp_path):
