@@ -133,8 +133,11 @@ class Tools:
             step = _told(step, text, "done")
         except TimeoutError:
             step = _told(step, "error: the tool took too long", "timeout")
-        except Exception as error:  # whatever its author chose; nobody outside is told
-            problem = type(error).__name__
+        except BaseException as error:  # whatever its author chose; nobody outside is told
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # else it is the tool's own, of something that it waited for
+            problem = type(error.__cause__ if isinstance(error, _Escaped) else error).__name__
             step = _told(step, "error: the tool failed", "failed")
         return self._noted(replace(step, seconds=time.monotonic() - started), request, caller, problem)
 
@@ -142,8 +145,17 @@ class Tools:
         if inspect.iscoroutinefunction(self._toolbox.call):
             return await self._toolbox.call(call, caller)
         loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self._threads, self._toolbox.call, call, caller)
+        result = await loop.run_in_executor(self._threads, self._plainly, call, caller)
         return await result if inspect.isawaitable(result) else result
+
+    def _plainly(self, call: ToolCall, caller: str) -> Any:
+        try:
+            return self._toolbox.call(call, caller)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                raise
+            # A future does not take these, or hands them to the event loop, which ends.
+            raise _Escaped from error
 
     def _noted(self, step: Stepped, request: str, caller: str, problem: str = "") -> Stepped:
         known = step.tool if step.tool in {tool.name for tool in self.allowed} else "other"
@@ -151,6 +163,10 @@ class Tools:
         self._meters.observe("tool_seconds", step.seconds, tool=known)
         self._audit.write(step, request=request, key=caller, problem=problem)
         return step
+
+
+class _Escaped(Exception):
+    """A plain tool has raised what is no failure elsewhere; the cause says what."""
 
 
 def _told(step: Stepped, text: str, outcome: str) -> Stepped:

@@ -27,7 +27,7 @@ __all__ = [
     "STEP", "answering", "falls_to", "pin", "pinned", "promote", "rollback", "start_canary", "tried",
 ]  # fmt: skip
 
-STEP = re.compile(r"step-\d{8,}")
+STEP = re.compile(r"step-\d{8,20}")
 """The name of a checkpoint; not of one that was moved aside."""
 _REMEMBERED = 3  # checkpoints to go back to; no training removes them
 

@@ -125,6 +125,7 @@ class KeyRing:
             self._keys = self._fixed + _read(self._file)
         except ConfigError as error:
             _log.error("the keys stay as they were: %s", error.problem)
+        self.open = self.open and not self._keys  # who takes the last key away again has not opened it
 
 
 def entries(listed: str) -> tuple[KeyEntry, ...]:

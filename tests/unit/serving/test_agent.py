@@ -325,6 +325,54 @@ def test_whatever_a_tool_does_the_policy_is_told_text(meters, recorders, kind, t
     assert recorders["tool_calls"].counted == {(name, outcome): 1}
 
 
+@pytest.mark.parametrize("kind", [Bench, AsyncBench])
+@pytest.mark.parametrize(
+    "error", [SystemExit(2), KeyboardInterrupt(), StopIteration(), asyncio.CancelledError(), ValueError()]
+)
+def test_whatever_a_tool_raises_is_its_failure(meters, tmp_path, kind, error):
+    """Some of it would end the event loop, or the request without a line, or never come out of a thread."""
+    file = tmp_path / "audit.jsonl"
+
+    class Raising(kind):
+        def call(self, call, caller):
+            raise error
+
+    class AsyncRaising(kind):
+        async def call(self, call, caller):
+            await asyncio.sleep(0)
+            raise error
+
+    async def play():
+        box = tools((AsyncRaising if kind is AsyncBench else Raising)(), meters, Audit(file, arguments=True))
+        return await box.take(step("CALL ok"), request="r", caller="s", seconds=9)
+
+    done = asyncio.run(play())
+    assert (done.outcome, done.messages[1].content) == ("failed", "error: the tool failed")
+    line = json.loads(file.read_text())
+    # Python itself makes another error of it where a coroutine raises it.
+    wanted = (
+        "RuntimeError" if kind is AsyncBench and isinstance(error, StopIteration) else type(error).__name__
+    )
+    assert (line["outcome"], line["problem"]) == ("failed", wanted)
+
+
+def test_a_call_that_is_cancelled_from_outside_is(meters):
+    async def play():
+        bench = AsyncBench()
+        box = tools(bench, meters)
+        task = asyncio.create_task(box.take(step("CALL hangs"), request="r", caller="s", seconds=9))
+        while not box.under_way:
+            await asyncio.sleep(0)
+        [call] = box._under_way
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        bench.open.set()
+        assert call.cancelled()
+
+    asyncio.run(play())
+
+
 def test_a_reply_without_a_call_is_the_answer(meters):
     assert asyncio.run(tools(Bench(), meters).take(step("ok!"), request="r", caller="s", seconds=9)) is None
 

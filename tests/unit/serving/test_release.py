@@ -174,7 +174,11 @@ def test_the_routes(released, meters):
             for body in ({}, {"checkpoint": TWO}, {"checkpoint": TWO, "share": True}, {"checkpoint": 2}):
                 answer = await web.post("/admin/canary", json=body)
                 assert answer.json()["error"]["code"] == "invalid_parameter", body
-            for body in ({"checkpoint": "../x", "share": 0.1}, {"checkpoint": TWO, "share": 1.5}):
+            endless = f"step-{'1' * 300}"  # longer than a name of a file may be
+            answer = await web.post("/admin/weights", json={"checkpoint": endless})
+            assert answer.json()["error"]["code"] == "invalid_checkpoint"
+            wrong = ({"checkpoint": name, "share": 0.1} for name in ("../x", endless))
+            for body in (*wrong, {"checkpoint": TWO, "share": 1.5}):
                 answer = await web.post("/admin/canary", json=body)
                 assert answer.json()["error"]["code"] == "invalid_release"
                 assert str(released) not in answer.text

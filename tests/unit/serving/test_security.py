@@ -41,6 +41,19 @@ def test_a_key_closes_what_was_open():
     assert refused(ring, None).code == "missing_api_key"
 
 
+def test_the_first_key_of_a_file_closes_what_was_open(tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text('{"keys": []}')
+    path.chmod(0o600)
+    ring = KeyRing(SecuritySettings(open=True, keys_file=path), {})
+    assert ring.caller(None).name == "anonymous"
+    key = add_key(path, "shop")
+    assert refused(ring, None).code == "missing_api_key"
+    assert ring.caller(f"Bearer {key}").name == "shop"
+    path.write_text('{"keys": []} ')
+    assert refused(ring, None).code == "missing_api_key"
+
+
 def test_keys_of_the_environment():
     ring = KeyRing(SecuritySettings(), {ENVIRONMENT: f" {LONG} ,{LONG}2,"})
     for key in (LONG, f"{LONG}2"):
