@@ -119,10 +119,11 @@ class PolicyReplica:
                             self._meters.set("tokens_before", self._tokens())
                             yield events
                     return
-                except InfrastructureFault as error:
-                    await self._failed(canary, error)
+                except Exception as error:  # whatever its model, tokenizer or template chose
+                    fault = _fault(error)
+                    await self._failed(canary, fault)
                     if began:
-                        raise
+                        raise fault from error.__cause__
             async with aclosing(self._tallies.counted(self._policy(), "stable", ask)) as answer:
                 async for events in answer:
                     self._meters.set("tokens_before", self._tokens())
@@ -342,6 +343,13 @@ async def _apart(work: Callable[[], HeldPolicy]) -> HeldPolicy:
 
 def _same(one: Candidate, other: Candidate) -> bool:
     return (one.label, one.stamp) == (other.label, other.stamp)
+
+
+def _fault(error: Exception) -> InfrastructureFault:
+    """The same as a failure of the engine; what others say may hold what a client said."""
+    if isinstance(error, InfrastructureFault):
+        return error
+    return InfrastructureFault(f"it raised {type(error).__name__}")
 
 
 def _sentence(error: Exception) -> str:

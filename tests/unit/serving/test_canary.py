@@ -246,13 +246,20 @@ def test_a_bad_canary_changes_nothing(start, run, recorders, wrong):
     asyncio.run(play())
 
 
-def test_a_canary_that_fails_is_noticed_by_nobody_and_ends(start, recorders):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (InfrastructureFault("no finite probabilities"), "no finite probabilities"),
+        (ValueError("what a client said"), "ValueError"),
+    ],
+)
+def test_a_canary_that_fails_is_noticed_by_nobody_and_ends(start, recorders, error, told):
     async def play():
         replica = await start(failures=2)
         special = session_of(canary=True)
 
         async def broken(*_, **__):
-            raise InfrastructureFault("no finite probabilities")
+            raise error
 
         replica._canary.held.engine.reply = broken
         for left in (True, False):
@@ -261,7 +268,8 @@ def test_a_canary_that_fails_is_noticed_by_nobody_and_ends(start, recorders):
         assert await version(replica, asked(special)) == ONE
         assert recorders["version_requests"].counted[("canary", "failed")] == 2
         status = await replica.status()
-        assert "no finite probabilities" in status["canary_problem"]
+        assert told in status["canary_problem"]
+        assert "client" not in status["canary_problem"]
         await replica._follow_canary()
         assert (await replica.status())["canary"] is None  # not tried again, as long as it is the canary
 
