@@ -11,6 +11,7 @@ import importlib.util
 import os
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from stateset_ray.actors.placement import cluster
+from stateset_ray.committed import check_not_a_path
 from stateset_ray.config import Config
-from stateset_ray.errors import ClusterError, ConfigError
+from stateset_ray.errors import CheckpointError, ClusterError, ConfigError
 from stateset_ray.serving import release
 from stateset_ray.serving.agent_tools import load_tools
 from stateset_ray.serving.security import (
@@ -74,7 +78,14 @@ def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
             raise ConfigError(
                 "--new-key needs a file to put the key's hash into", mend="add --keys keys.json"
             )
-        say(add_key(errand.keys, errand.new_key, admin=errand.admin, agent=errand.agent))
+        try:
+            key = add_key(errand.keys, errand.new_key, admin=errand.admin, agent=errand.agent)
+        except OSError as error:
+            raise ConfigError(
+                f"the file of keys cannot be written: {error.strerror}", given=str(errand.keys),
+                mend="make its folder and let this user write there, or name another file with --keys",
+            ) from error  # fmt: skip
+        say(key)
         return
     if errand.check is not None:
         from stateset_ray.serving.deploy_file import check_deploy_file
@@ -90,8 +101,18 @@ def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
     if any(releases):
         if sum(releases) > 1:
             raise ConfigError("choose one of --pin, --canary, --promote and --rollback")
-        say(_release(errand.source, errand))
+        try:
+            say(_release(errand.source, errand))
+        except OSError as error:
+            raise CheckpointError(
+                f"which checkpoint answers cannot be noted in the run's folder: {error.strerror}",
+                given=errand.source, mend="let this user write there",
+            ) from error  # fmt: skip
         return
+    if errand.write is not None:
+        _check_new(errand.write)
+    elif not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        _check_free(errand.host, errand.port)
     overrides = (*(["agent.enabled=true"] if errand.agent else []), *errand.overrides)
     settings = prepared(errand.source, overrides, errand.host, errand.keys)
     if errand.write is not None:
@@ -109,6 +130,14 @@ def _release(source: str, errand: Errand) -> str:
     run = Source(source).run
     if run is None:
         raise ConfigError("only a run has checkpoints to choose from", given=source)
+    for name in (errand.pin, errand.canary):
+        found = [path.name for path in (run / "checkpoints").glob("step-*")]
+        there = sorted(filter(release.STEP.fullmatch, found))
+        if name is not None and release.STEP.fullmatch(name) and name not in there:
+            raise CheckpointError(
+                "this run has no such checkpoint", given=name,
+                mend=f"it has: {', '.join(there) or 'none'}",
+            )  # fmt: skip
     if errand.pin is not None:
         release.pin(run, None if errand.pin == "latest" else errand.pin)
         return f"{source} is served from {errand.pin} on, by everyone who follows it"
@@ -138,10 +167,22 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
                 "serving needs packages that are not installed", given=package,
                 mend="pip install 'stateset-ray[serve]'",
             )  # fmt: skip
+    check_not_a_path(source)
     path = Path(source)
+    if path.is_file():
+        raise ConfigError(
+            "a file cannot be served", given=source,
+            mend="give a run's folder, a checkpoint, or a model's name (in a TOML file, its model.name)",
+        )  # fmt: skip
     tree: dict[str, Any] = {"source": str(path.absolute()) if path.exists() else source}
     for override in overrides:
-        if "." in override.partition("=")[0]:
+        key, equals, _ = override.partition("=")
+        if not (key.strip() and equals):
+            raise ConfigError(
+                "an override must look like section.key=value, or key=value", given=override,
+                mend="for example --set policy.slots=8",
+            )  # fmt: skip
+        if "." in key:
             apply_override(tree, override)
         else:  # the settings of no section
             inner: dict[str, Any] = {}
@@ -161,6 +202,8 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
     if isinstance(transcripts.get("folder"), str):  # replicas have working directories of their own
         transcripts["folder"] = str(Path(transcripts["folder"]).absolute())
     settings = validated(ServeSettings, tree, "--set")
+    if settings.transcripts.folder is not None:
+        _check_writable(settings.transcripts.folder, "transcripts.folder")
     KeyRing(settings.security)
     check_tls(settings.security)
     check_haproxy(settings.security, host)
@@ -179,19 +222,49 @@ def write_deploy_file(settings: ServeSettings, path: Path, host: str, port: int)
     """Write the file that `serve deploy` takes; with mode 0600, since URLs in it may have passwords.
 
     Raises:
-        ConfigError: there is a file of that name.
+        ConfigError: there is a file of that name, or it cannot be written.
     """
     from stateset_ray.serving.deploy_file import deploy_file
 
     text = deploy_file(settings, host, port, path.name)
+    _check_new(path)
     try:
         place = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(place, "w", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
+    except OSError as error:
         raise ConfigError(
-            "there is such a file already", given=str(path), mend="choose another name"
-        ) from None
+            f"the file cannot be written: {error.strerror}", given=str(path), mend="choose another place"
+        ) from error
+
+
+def _check_new(path: Path) -> None:
+    """Refuse a name that is taken, or a folder that is not there."""
+    if os.path.lexists(path):
+        raise ConfigError("there is such a file already", given=str(path), mend="choose another name")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            "the file cannot be written: its folder is not there, or not to be written to", given=str(path),
+            mend="make the folder, or choose another place",
+        )  # fmt: skip
+
+
+def _check_writable(folder: Path, key: str) -> None:
+    """Make a folder and a file in it, and remove what was made: a replica that cannot only logs it."""
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{key} cannot be written to: {error.strerror}", given=str(folder),
+            mend="name a folder that this user may make and write to",
+        ) from error  # fmt: skip
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def serve(
@@ -209,8 +282,6 @@ def serve(
     Raises:
         StatesetError: it cannot be started.
     """
-    import ray
-
     alone = not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
     if alone:
         _check_free(host, port)

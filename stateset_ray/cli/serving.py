@@ -9,16 +9,29 @@ from typing import Annotated
 import typer
 
 from stateset_ray.cli.base import Set, app, errors
+from stateset_ray.errors import ConfigError
 
 __all__ = ["serve"]
+
+_ALONE = {
+    "new_key": {"keys", "admin", "agent"},
+    "check": set(),
+    "pin": {"source"},
+    "canary": {"source", "share"},
+    "promote": {"source"},
+    "rollback": {"source"},
+    "write": {"source", "port", "host", "tls", "page", "keys", "agent", "set_"},
+}
+"""What is done instead of serving, and the options that it knows."""
 
 
 @app.command()
 def serve(
+    context: typer.Context,
     source: Annotated[
         str | None, typer.Argument(metavar="RUN", help="A run folder, a checkpoint or a model's name.")
     ] = None,
-    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 8000,
     host: Annotated[str, typer.Option(help="Which address; others than loopback need keys.")] = "127.0.0.1",
     tls: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="CERT KEY", help="Speak HTTPS, with these two files.")
@@ -48,6 +61,7 @@ def serve(
 ) -> None:
     """Put a policy behind an endpoint that OpenAI's clients understand."""
     with errors():
+        _refuse_idle(context)
         from stateset_ray.serve import Errand, serve_command
 
         overrides = [*(set_ or ()), *([] if page else ["page=false"])]
@@ -58,3 +72,30 @@ def serve(
             canary=canary, share=share, promote=promote, rollback=rollback, agent=agent,
         )  # fmt: skip
         serve_command(errand, typer.echo)
+
+
+def _refuse_idle(context: typer.Context) -> None:
+    """Refuse options that would do nothing beside the others, by name.
+
+    Raises:
+        ConfigError: two things are asked for at once, or an option that goes with none of what is asked for.
+    """
+
+    def shown(name: str) -> str:
+        return "RUN" if name == "source" else f"--{name.rstrip('_').replace('_', '-')}"
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    errands = [name for name in _ALONE if name in given]
+    if len(errands) > 1:
+        raise ConfigError(f"choose one of {' and '.join(map(shown, errands))}: each is done alone")
+    for name, owner in (("admin", "new_key"), ("share", "canary")):
+        if name in given and owner not in errands:
+            mend = f"add {shown(owner)}, or leave it out"
+            raise ConfigError(f"{shown(name)} goes with {shown(owner)}", mend=mend)
+    for errand in errands:
+        if idle := sorted(given - _ALONE[errand] - {errand}):
+            raise ConfigError(
+                f"{', '.join(map(shown, idle))} would do nothing beside {shown(errand)}",
+                mend=f"leave it out, or do without {shown(errand)}",
+            )

@@ -65,7 +65,7 @@ def test_a_file_for_serve_is_written_and_checked(run, tmp_path):
 def test_a_run_is_pinned_and_let_go(run):
     told(run, "--pin", "step-00000001")
     assert pinned(run) == "step-00000001"
-    assert "damaged" in told(run, "--pin", "step-00000007", code=1)
+    assert "it has: step-0" in told(run, "--pin", "step-00000007", code=1)
     told(run, "--pin", "latest")
     assert pinned(run) is None
     assert "only a run" in told("tiny", "--pin", "latest", code=2)
@@ -130,3 +130,56 @@ def test_a_folder_of_transcripts_is_named_in_full(run, tmp_path):
 def test_the_page_can_be_left_out(run, tmp_path):
     told(run, "--write", "policy.yaml", "--no-page")
     assert yaml.safe_load((tmp_path / "policy.yaml").read_text())["applications"][0]["args"]["page"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--keys", "nodir/keys.json", "--new-key", "shop"], 2, "file of keys cannot be written"),
+        (["--keys", "afile/keys.json", "--new-key", "shop"], 2, "file of keys cannot be written"),
+        (["tiny", "--write", "nodir/w.yaml"], 2, "its folder is not there"),
+        (["tiny", "--write", "afile/w.yaml"], 2, "its folder is not there"),
+        (["tiny", "--port", "99999"], 2, "--port"),
+        (["tiny", "--port", "-1"], 2, "--port"),
+        (["tiny", "--port", "99999", "--write", "w.yaml"], 2, "--port"),
+        (["tiny", "--admin"], 2, "--admin goes with --new-key"),
+        (["tiny", "--share", "0.2"], 2, "--share goes with --canary"),
+        (["tiny", "--share", "0.2", "--promote"], 2, "--share goes with --canary"),
+        (["--check", "afile", "--write", "w.yaml"], 2, "choose one of --check and --write"),
+        (["tiny", "--check", "afile", "--promote"], 2, "choose one of --check and --promote"),
+        (["tiny", "--pin", "latest", "--write", "w.yaml"], 2, "choose one of --pin and --write"),
+        (["tiny", "--pin", "latest", "--port", "8001"], 2, "--port would do nothing beside --pin"),
+        (["tiny", "--new-key", "shop", "--keys", "keys.json", "--admin"], 2, "RUN would do nothing"),
+        (["tiny", "--write", "w.yaml", "--set", "transcripts.folder=afile"], 2, "transcripts.folder"),
+        (["tiny", "--write", "w.yaml", "--set", "transcripts.folder=/proc/nope"], 2, "transcripts.folder"),
+        (["tiny", "--set", "=", "--write", "w.yaml"], 2, "given: '='"),
+        (["tiny", "--set", "page", "--write", "w.yaml"], 2, "given: 'page'"),
+        (["runs/gone"], 1, "there is no such folder"),
+        (["afile"], 2, "a file cannot be served"),
+        (["gone.toml"], 1, "there is no such folder"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_a_mistake_gets_one_clear_error_and_writes_nothing(arguments, code, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("stateset_ray.serve.serve", None)  # nothing is to be served
+    (tmp_path / "afile").write_text("{}")
+    output = told(*arguments, code=code)
+    assert says in output
+    assert "Traceback" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(run, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("stateset_ray.serving.release._write", refuse)
+    assert "cannot be noted" in told(run, "--pin", "step-00000001", code=1)
+    monkeypatch.setattr("stateset_ray.serve.os.open", refuse)
+    monkeypatch.setattr("stateset_ray.serve.add_key", refuse)
+    assert "file of keys cannot be written" in told("--keys", "keys.json", "--new-key", "shop", code=2)
+
+
+def test_what_was_made_to_see_whether_it_can_be_is_removed(run, tmp_path):
+    prepared(str(run), [f"transcripts.folder={tmp_path}/a/b"], "127.0.0.1", None)
+    assert not (tmp_path / "a").exists()
