@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import model_validator
 
 from stateset_ray.errors import ConfigError
-from stateset_ray.objective import ObjectiveConfig, beside_preset
+from stateset_ray.objective import ObjectiveConfig, beside_preset, beside_staleness
 from stateset_ray.sections import (
     ClusterConfig,
     EnvironmentConfig,
@@ -160,6 +160,9 @@ def _overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any
     settings = list(overrides)
     if any(setting.partition("=")[0].strip() == "grpo.preset" for setting in settings):
         tree = tree | {"grpo": beside_preset(tree.get("grpo", {}))}
+    if any(setting.partition("=")[0].strip() == "train.max_staleness" for setting in settings):
+        stale = bool(tree.get("train", {}).get("max_staleness", 0))
+        tree = tree | {"grpo": beside_staleness(tree.get("grpo", {}), stale=stale)}
     for setting in settings:
         apply_override(tree, setting)
     return tree
@@ -231,6 +234,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     tree: dict[str, Any] = {}
     if path is not None:
         try:
+            _refuse_pipe(Path(path))
             tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(
@@ -242,4 +246,17 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             raise ConfigError(
                 f"the configuration file is not valid TOML: {error}", given=str(path)
             ) from error
+        if not tree and (Path(path).parent / "checkpoints").is_dir():
+            raise ConfigError(
+                "the configuration of this run is empty", given=str(path),
+                mend="restore the file: without it, nobody knows what the run was trained with",
+            )  # fmt: skip
     return validated(Config, _overridden(tree, overrides), str(path) if path else "--set")
+
+
+def _refuse_pipe(path: Path) -> None:
+    """A named pipe is read for ever where nobody writes; those of a shell lie in /dev."""
+    if path.is_fifo() and not path.is_relative_to("/dev"):
+        raise ConfigError(
+            "the configuration cannot be read from a named pipe", given=str(path), mend="give a TOML file"
+        )

@@ -19,6 +19,7 @@ __all__ = [
     "ObjectiveConfig",
     "PresetName",
     "beside_preset",
+    "beside_staleness",
     "check_sampling",
 ]
 
@@ -224,6 +225,11 @@ class ObjectiveConfig(BaseModel):
                 "grpo.kl_target, reference and reference_every do nothing while grpo.kl_coef = 0",
             ),
             (
+                bool(self.reference) and self.reference_every > 0,
+                f"grpo.reference_every cannot move the reference to the policy while grpo.reference = "
+                f"{self.reference!r} names another model: set one of them to its default",
+            ),
+            (
                 self.gamma != 1 and self.credit != "return_to_go",
                 f"grpo.gamma = {self.gamma} does nothing with grpo.credit = {self.credit!r}: "
                 "set grpo.credit = 'return_to_go'",
@@ -256,6 +262,26 @@ def beside_preset(section: Any) -> Any:
     chosen = PRESETS.get(section["preset"], {})
     defaults = {name: info.get_default(call_default_factory=True) for name, info in fields.items()}
     return {name: value for name, value in section.items() if value != chosen.get(name, defaults[name])}
+
+
+def beside_staleness(section: Any, *, stale: bool) -> Any:
+    """A resolved `[grpo]` section without what follows from `train.max_staleness`, which is about to change.
+
+    Args:
+        stale: whether the section is of a run whose rollouts ran ahead (`config.corrected`).
+
+    Example:
+        >>> beside_staleness(ObjectiveConfig().model_dump(), stale=False).keys() & {"trust", "correction"}
+        set()
+    """
+    fields = ObjectiveConfig.model_fields
+    if not isinstance(section, Mapping) or section.keys() != fields.keys():
+        return section
+    chosen = {"trust": "sampler", "correction": "none", **PRESETS.get(section["preset"], {})}
+    followed = {"trust": "proximal", "correction": "tis"} if stale else chosen
+    if any(section[name] != followed[name] for name in ("trust", "correction")):
+        return section  # set on purpose
+    return {name: value for name, value in section.items() if name not in ("trust", "correction")}
 
 
 def check_sampling(given: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date, time
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -93,6 +94,26 @@ class EnvironmentConfig(Section):
         pattern=r"^(gymnasium:([\w.]+:)?[\w./-]+|[\w.]+:[A-Za-z_]\w*)$",
     )
     options: Mapping[str, Any] = Field(default_factory=dict)
+
+    @field_validator("options")
+    @classmethod
+    def _options_survive_toml(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        _check_plain(options, "")
+        return options
+
+
+def _check_plain(value: Any, key: str) -> None:
+    """Refuse what a run's config.toml cannot hold, or gives back as something else."""
+    if value is None:
+        raise ValueError(f"{key.lstrip('.')} is None, which TOML does not have: leave the option out")
+    if isinstance(value, date | time):
+        raise ValueError(f"{key.lstrip('.')} is a date or a time: write it as a string, in quotes")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_plain(inner, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _check_plain(inner, f"{key}[{index}]")
 
 
 class RolloutConfig(Section):

@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs when it is called: `--help` loads nothing heavy.
 
-Exit codes: 0 done, 1 it failed, 2 the configuration or the command is wrong, 130 after Ctrl-C.
+Exit codes: 0 done, 1 it failed, or a run, model or cluster that it needs is not there, 2 the configuration,
+the command or a data set is wrong, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

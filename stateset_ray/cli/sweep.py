@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from stateset_ray.cli.base import Set, app, errors, find_modules_beside, quiet, training_config
+from stateset_ray.errors import RunError
 
 if TYPE_CHECKING:
+    from stateset_ray.config import Config
     from stateset_ray.sweep.plan import Plan
 
 __all__ = ["sweep"]
@@ -24,7 +27,7 @@ def sweep(
         str,
         typer.Argument(
             metavar="SPACE",
-            help="A TOML file with [space], or: customer_service, full, generation, grpo, optimizer.",
+            help="A TOML file with \\[space], or: customer_service, full, generation, grpo, optimizer.",
         ),
     ],
     set_: Set = None,
@@ -52,6 +55,7 @@ def sweep(
         plan = read_plan(settings, space, samples=samples)
         build_environment(settings.environment.path, settings.environment.options)
         if dry_run:
+            _check_name(settings, name, resume)
             _dry_run(plan)
             return
         from stateset_ray.sweep import sweep as run
@@ -75,6 +79,17 @@ def sweep(
                 soft_wrap=True,
             )
             raise typer.Exit(130)
+
+
+def _check_name(config: Config, name: str, resume: bool) -> None:
+    """Refuse a name that no folder can have, and a sweep to resume that is not there."""
+    name = name or f"{config.run.name}-sweep"
+    config = config.with_overrides([f"run.name={json.dumps(name)}"])
+    if resume and not (config.run.folder / "tune").is_dir():
+        raise RunError(
+            "there is no sweep of this name to resume", given=str(config.run.folder),
+            mend="check --name and run.dir, or start without --resume",
+        )  # fmt: skip
 
 
 def _dry_run(plan: Plan) -> None:

@@ -40,6 +40,12 @@ def doctor(
             settings = training_config(config, set_ or [], resume=False)
             find_modules_beside(config)
             quiet(settings)
+        elif set_:
+            from stateset_ray.config import load_config
+
+            settings = load_config(None, set_)
+            find_modules_beside(Path())
+            quiet(settings)
         from stateset_ray.doctor import examine, show
 
         findings = examine(settings, start_ray=ray)

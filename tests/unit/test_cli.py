@@ -89,6 +89,11 @@ def test_the_commands() -> None:
         (["batch", "tiny.toml", "empty.jsonl", "out"], 2, ["no rows"]),
         (["init", "."], 1, ["nothing is overwritten"]),
         (["doctor", "missing.toml"], 2, ["cannot be read"]),
+        (["doctor", "--set", "train.nope=3"], 2, ["train.nope"]),
+        (["sweep", "tiny.toml", "grpo", "--dry-run", "--name", "a/b"], 2, ["run.name"]),
+        (["sweep", "tiny.toml", "grpo", "--dry-run", "--resume", "--name", "x"], 1, ["no sweep"]),
+        (["train", "pipe.toml", "--dry-run"], 2, ["named pipe"]),
+        (["train", "emptied"], 2, ["configuration of this run is empty"]),
         (["trian"], 2, ["trian"]),
         (["train"], 2, ["CONFIG"]),
     ],
@@ -98,6 +103,9 @@ def test_a_mistake_gets_one_clear_error(args: list[str], code: int, words: list[
     (tmp_path / "broken.toml").write_text("[run")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "there").mkdir()
+    (tmp_path / "emptied" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "emptied" / "config.toml").write_text("")
+    os.mkfifo(tmp_path / "pipe.toml")
     done = run.invoke(cli.app, args)
     assert done.exit_code == code, done.output
     for word in words:
@@ -262,3 +270,7 @@ def test_an_environment_that_exits_on_import_ends_no_command_in_silence(
     (tmp_path / "quits.toml").write_text(TINY + '[environment]\npath = "quits:A"\n')
     done = run.invoke(cli.app, command)
     assert (done.exit_code, "it calls sys.exit(0)" in done.output) == (2, True), done.output
+
+
+def test_help_shows_what_stands_in_brackets() -> None:
+    assert "[space]" in run.invoke(cli.app, ["sweep", "--help"]).output

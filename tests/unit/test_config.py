@@ -1,12 +1,13 @@
 """The configuration: read from TOML, overridden, checked across fields, written back."""
 
 import contextlib
+import datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stateset_ray.config import Config, load_config
+from stateset_ray.config import Config, corrected, load_config
 from stateset_ray.errors import ConfigError
 
 
@@ -105,3 +106,41 @@ def test_vllm_is_not_asked_for_temperatures_that_it_would_change(heats, wrong):
     load_config(None, heats)  # the other engine samples at any
     with pytest.raises(ConfigError, match=wrong) if wrong else contextlib.nullcontext():
         load_config(None, [*heats, "rollout.engine_kind=vllm"])
+
+
+@pytest.mark.parametrize("more", [(), ("grpo.preset=gspo",), ("grpo.preset=dppo",)])
+def test_a_stored_configuration_is_corrected_for_staleness_as_a_fresh_one(tmp_path, more):
+    path = tmp_path / "config.toml"
+    for before, after in ((0, 2), (2, 0), (2, 1)):
+        path.write_text(corrected(load_config(None, [*more, f"train.max_staleness={before}"])).to_toml())
+        fresh = corrected(load_config(None, [*more, f"train.max_staleness={after}"]))
+        assert corrected(load_config(path, [f"train.max_staleness={after}"])) == fresh
+        assert corrected(load_config(path)) == load_config(path)  # a resume stays what the run was
+
+
+def test_what_a_stored_configuration_says_on_purpose_stays(tmp_path):
+    path = tmp_path / "config.toml"
+    for purpose, before, after in (("sampler", 2, 3), ("proximal", 0, 2)):
+        settings = [f"grpo.trust={purpose}", "grpo.correction=none", f"train.max_staleness={before}"]
+        path.write_text(corrected(load_config(None, settings)).to_toml())
+        objective = corrected(load_config(path, [f"train.max_staleness={after}"])).grpo
+        assert (objective.trust, objective.correction) == (purpose, "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"x": None}, "x is None"),
+        ({"x": {"y": [1, None]}}, r"x\.y\[1\] is None"),
+        ({"day": datetime.date(2026, 1, 1)}, "day is a date"),
+        ({"days": [datetime.datetime(2026, 1, 1)]}, r"days\[0\] is a date"),
+    ],
+)
+def test_options_that_toml_cannot_hold_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Config(environment={"options": options})
+
+
+def test_a_named_reference_is_not_moved():
+    with pytest.raises(ConfigError, match="reference_every cannot move"):
+        load_config(None, ["grpo.kl_coef=0.1", "grpo.reference=x", "grpo.reference_every=5"])
