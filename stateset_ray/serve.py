@@ -15,7 +15,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,11 @@ import ray
 from stateset_ray.actors.placement import cluster
 from stateset_ray.committed import check_not_a_path
 from stateset_ray.config import Config
-from stateset_ray.errors import CheckpointError, ClusterError, ConfigError
-from stateset_ray.serving import release
+from stateset_ray.errors import ClusterError, ConfigError
 from stateset_ray.serving.agent_tools import load_tools
 from stateset_ray.serving.security import (
     ENVIRONMENT,
     KeyRing,
-    add_key,
     check_haproxy,
     check_tls,
     entries,
@@ -41,112 +38,9 @@ from stateset_ray.serving.source import Source
 from stateset_ray.serving.stores import open_store
 from stateset_ray.settings import apply_override, validated
 
-__all__ = ["Errand", "prepared", "serve", "serve_command", "write_deploy_file"]
+__all__ = ["check_new", "check_port", "prepared", "serve", "write_deploy_file"]
 
 _INGRESS_CPUS = 0.1
-
-
-@dataclass(frozen=True)
-class Errand:
-    """What was asked for; one of `new_key`, `check`, the four of a release and `write` is done alone."""
-
-    source: str | None
-    port: int
-    host: str
-    keys: Path | None
-    new_key: str | None
-    admin: bool
-    pin: str | None
-    write: Path | None
-    check: Path | None
-    overrides: tuple[str, ...]
-    canary: str | None = None
-    share: float = 0.1
-    promote: bool = False
-    rollback: bool = False
-    agent: bool = False
-
-
-def serve_command(errand: Errand, say: Callable[[str], None]) -> None:
-    """Do an errand; `say` shows what a person needs to know.
-
-    Raises:
-        StatesetError: what is wrong, and how to mend it.
-    """
-    if errand.new_key is not None:
-        if errand.keys is None:
-            raise ConfigError(
-                "--new-key needs a file to put the key's hash into", mend="add --keys keys.json"
-            )
-        try:
-            key = add_key(errand.keys, errand.new_key, admin=errand.admin, agent=errand.agent)
-        except OSError as error:
-            raise ConfigError(
-                f"the file of keys cannot be written: {error.strerror}", given=str(errand.keys),
-                mend="make its folder and let this user write there, or name another file with --keys",
-            ) from error  # fmt: skip
-        say(key)
-        return
-    if errand.check is not None:
-        from stateset_ray.serving.deploy_file import check_deploy_file
-
-        check_deploy_file(errand.check)
-        say(f"{errand.check} is as Serve will understand it")
-        return
-    if errand.source is None:
-        raise ConfigError(
-            "there is nothing to serve", mend="give a run's folder, a checkpoint or a model's name"
-        )
-    releases = [errand.pin is not None, errand.canary is not None, errand.promote, errand.rollback]
-    if any(releases):
-        if sum(releases) > 1:
-            raise ConfigError("choose one of --pin, --canary, --promote and --rollback")
-        try:
-            say(_release(errand.source, errand))
-        except OSError as error:
-            raise CheckpointError(
-                f"which checkpoint answers cannot be noted in the run's folder: {error.strerror}",
-                given=errand.source, mend="let this user write there",
-            ) from error  # fmt: skip
-        return
-    if errand.write is not None:
-        _check_new(errand.write)
-    elif not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
-        _check_free(errand.host, errand.port)
-    overrides = (*(["agent.enabled=true"] if errand.agent else []), *errand.overrides)
-    settings = prepared(errand.source, overrides, errand.host, errand.keys)
-    if errand.write is not None:
-        write_deploy_file(settings, errand.write, errand.host, errand.port)
-        say(f"wrote {errand.write}; now: serve deploy {errand.write}")
-        return
-    serve(
-        settings, host=errand.host, port=errand.port,
-        on_ready=lambda url: say(f"{settings.name} answers at {url} (Ctrl-C stops)"),
-    )  # fmt: skip
-
-
-def _release(source: str, errand: Errand) -> str:
-    """Change which checkpoints of a run answer; what was done, in a sentence."""
-    run = Source(source).run
-    if run is None:
-        raise ConfigError("only a run has checkpoints to choose from", given=source)
-    for name in (errand.pin, errand.canary):
-        found = [path.name for path in (run / "checkpoints").glob("step-*")]
-        there = sorted(filter(release.STEP.fullmatch, found))
-        if name is not None and release.STEP.fullmatch(name) and name not in there:
-            raise CheckpointError(
-                "this run has no such checkpoint", given=name,
-                mend=f"it has: {', '.join(there) or 'none'}",
-            )  # fmt: skip
-    if errand.pin is not None:
-        release.pin(run, None if errand.pin == "latest" else errand.pin)
-        return f"{source} is served from {errand.pin} on, by everyone who follows it"
-    if errand.canary is not None:
-        stable = release.start_canary(run, errand.canary, errand.share)
-        return f"{errand.canary} answers {errand.share:.1%} of all conversations, {stable} the others"
-    if errand.promote:
-        return f"{release.promote(run)} answers all of {source}"
-    return f"{release.rollback(run)} answers all of {source} again"
 
 
 def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None) -> ServeSettings:
@@ -227,7 +121,7 @@ def write_deploy_file(settings: ServeSettings, path: Path, host: str, port: int)
     from stateset_ray.serving.deploy_file import deploy_file
 
     text = deploy_file(settings, host, port, path.name)
-    _check_new(path)
+    check_new(path)
     try:
         place = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(place, "w", encoding="utf-8") as file:
@@ -238,8 +132,12 @@ def write_deploy_file(settings: ServeSettings, path: Path, host: str, port: int)
         ) from error
 
 
-def _check_new(path: Path) -> None:
-    """Refuse a name that is taken, or a folder that is not there."""
+def check_new(path: Path) -> None:
+    """Refuse a name that is taken, or a folder that is not there.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
     if os.path.lexists(path):
         raise ConfigError("there is such a file already", given=str(path), mend="choose another name")
     if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
@@ -282,10 +180,9 @@ def serve(
     Raises:
         StatesetError: it cannot be started.
     """
-    alone = not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
-    if alone:
-        _check_free(host, port)
-    elif settings.security.open:
+    check_port(host, port, address)
+    alone = _is_alone(address)
+    if not alone and settings.security.open:
         raise ConfigError(
             "on a cluster that is joined, Serve may listen to a network: API keys are needed",
             mend=f"make one (stateset-ray serve --new-key NAME --keys keys.json), or set {ENVIRONMENT}",
@@ -347,7 +244,19 @@ def _with_keys_of_environment(settings: ServeSettings) -> ServeSettings:
     return settings.model_copy(update={"security": security})
 
 
-def _check_free(host: str, port: int) -> None:
+def _is_alone(address: str) -> bool:
+    """Whether a cluster is started, which nobody else uses."""
+    return not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
+
+
+def check_port(host: str, port: int, address: str = "") -> None:
+    """Refuse a port that this machine cannot listen at; on a cluster that is joined Serve may listen already.
+
+    Raises:
+        ConfigError: it is taken, or the address is not this machine's.
+    """
+    if not _is_alone(address):
+        return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

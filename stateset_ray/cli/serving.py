@@ -62,7 +62,7 @@ def serve(
     """Put a policy behind an endpoint that OpenAI's clients understand."""
     with errors():
         _refuse_idle(context)
-        from stateset_ray.serve import Errand, serve_command
+        from stateset_ray.cli.errand import Errand, run_errand
 
         overrides = [*(set_ or ()), *([] if page else ["page=false"])]
         for name, path in zip(("cert", "key"), tls or (), strict=False):
@@ -71,7 +71,7 @@ def serve(
             source, port, host, keys, new_key, admin, pin, write, check, tuple(overrides),
             canary=canary, share=share, promote=promote, rollback=rollback, agent=agent,
         )  # fmt: skip
-        serve_command(errand, typer.echo)
+        run_errand(errand, typer.echo)
 
 
 def _refuse_idle(context: typer.Context) -> None:

@@ -161,7 +161,7 @@ def test_the_page_can_be_left_out(run, tmp_path):
     ids=lambda given: " ".join(given) if isinstance(given, list) else "",
 )
 def test_a_mistake_gets_one_clear_error_and_writes_nothing(arguments, code, says, tmp_path, monkeypatch):
-    monkeypatch.setattr("stateset_ray.serve.serve", None)  # nothing is to be served
+    monkeypatch.setattr("stateset_ray.cli.errand.serve", None)  # nothing is to be served
     (tmp_path / "afile").write_text("{}")
     output = told(*arguments, code=code)
     assert says in output
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(run, monkeypatch):
     monkeypatch.setattr("stateset_ray.serving.release._write", refuse)
     assert "cannot be noted" in told(run, "--pin", "step-00000001", code=1)
     monkeypatch.setattr("stateset_ray.serve.os.open", refuse)
-    monkeypatch.setattr("stateset_ray.serve.add_key", refuse)
+    monkeypatch.setattr("stateset_ray.cli.errand.add_key", refuse)
     assert "file of keys cannot be written" in told("--keys", "keys.json", "--new-key", "shop", code=2)
 
 
