@@ -148,11 +148,12 @@ def test_a_broken_engine_is_tried_again_and_then_reported(run: Run) -> None:
         for name, array in part.items()
     }
     Playground.plan = {}
-    run.pool.weights = PublishedWeights(10**6, (ray.put(broken),), lineage=99)
+    run.pool.weights = PublishedWeights(10**6, (ray.put(broken),), lineage=run.rewinds + 1)
     try:
         collected = run.collect(run.step)
     finally:
-        run.pool.weights = good
+        run.rewinds += 2  # as a run goes back to weights of before
+        run.publish(run.version)
     counts = policy_batch(collected, run.config).counts
     assert counts.aborted == {"infrastructure_error": 16}  # rollout.retries = 1
     assert counts.dropped == {"infrastructure_error": 16}
