@@ -135,6 +135,7 @@ def test_adapters_train_publish_merged_and_save_a_whole_model(tmp_path: Path) ->
     assert AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_the_plain_engine_trains_like_deepspeed(tmp_path: Path) -> None:
     configs = [
         small(tmp_path / name, *EVERY, setting)

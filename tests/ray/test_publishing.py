@@ -59,6 +59,7 @@ def test_a_run_is_the_same_to_the_bit_through_each_transport(
         assert all(torch.equal(published[name], saved[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_a_rebuilt_learner_broadcasts_from_a_new_place(tmp_path: Path) -> None:
     config = small(
         tmp_path, "rollout.engines=1", "train.checkpoint_every=1", "publish.transport=collective",

@@ -47,6 +47,7 @@ def whole(config: Config) -> checkpoint.Checkpoint | None:
     return checkpoint.latest(config.run.folder / "checkpoints")
 
 
+@pytest.mark.slow
 def test_a_killed_learner_ends_the_run_which_can_be_resumed(tmp_path: Path) -> None:
     config = small(tmp_path, *EVERY, "learner.ranks=2", "train.steps=3", "learner.restarts=0")
     with open_run(config) as run:
@@ -182,6 +183,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_conversations_run_saves_and_leaves_no_process(tmp_path: Path) -> None:
     """The whole process group gets it, as from a terminal; the program has a Ray cluster of its own."""
     config = small(

@@ -122,6 +122,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"kl_target": 0.1}, ("kl_target", "grpo.kl_coef")),
     ({"reference": "tiny"}, ("reference", "grpo.kl_coef")),
     ({"reference_every": 5}, ("reference_every", "grpo.kl_coef")),
+    (
+        {"kl_coef": 0.1, "reference": "tiny", "reference_every": 5},
+        ("grpo.reference_every", "grpo.reference = 'tiny'"),
+    ),
     ({"gamma": 0.9}, ("grpo.gamma = 0.9", "grpo.credit")),
     ({"reward_weights": {"a": 0.0, "b": 0.0}}, ("grpo.reward_weights", "0")),
     ({"reward_weights": {"a": 1.0, "b": -1.0}, "overlong_share": 0.1}, ("overlong_share", "reward_weights")),
