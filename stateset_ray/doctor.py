@@ -29,6 +29,7 @@ from stateset_ray.actors.address import check_answers, host_and_port
 from stateset_ray.actors.memory import expected_memory, size
 from stateset_ray.config import Config
 from stateset_ray.environments.base import build_environment, check_expert, has_expert
+from stateset_ray.environments.boundary import ask_expert
 from stateset_ray.errors import ClusterError, StatesetError
 from stateset_ray.models import check_fits, config_only, count_parameters, load_tokenizer
 from stateset_ray.models import generation_stop_ids as stop_ids
@@ -289,7 +290,7 @@ def _play_expert(config: Config, renderer: Renderer) -> Finding:
     section, rewards = config.environment, []
     for index in range(_EXPERT_TASKS):
         played = build_environment(section.path, section.options)
-        script = ScriptedPolicy(renderer, lambda _, played=played: played.expert())  # type: ignore[misc]
+        script = ScriptedPolicy(renderer, lambda _, played=played: ask_expert(played))  # type: ignore[misc]
         task = played.task("train", index)
         game = rollout(played, task, script, renderer, config.rollout, id=f"doctor/{task.id}", seed=index)
         done = asyncio.run(game)

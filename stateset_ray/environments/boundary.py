@@ -55,12 +55,12 @@ async def ask(environment: Environment, method: str, timeout: float, *args: Any)
             raise EnvironmentFault(
                 f"{name} returned an assistant message; only the policy speaks as assistant"
             )
-    plain = True
+    usual = True
     for reward in (step.reward, *step.rewards.values()):
         if not _is_finite(reward):
             raise RewardFault(f"{name} gave a reward that is not a finite number", given=repr(reward)[:200])
-        plain = plain and isinstance(reward, int | float)
-    if plain:
+        usual = usual and isinstance(reward, int | float)
+    if usual:
         return step
     rewards = {key: float(value) for key, value in step.rewards.items()}
     return replace(step, reward=float(step.reward), rewards=rewards)  # numpy's numbers

@@ -13,32 +13,16 @@ from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.actors.roster import Roster, Worker, calls_at_once
 from stateset_ray.config import load_config
 from stateset_ray.environments.echo import Echo
-from stateset_ray.types import Task
+
+TASK = Echo().task("train", 0)
 
 
-def test_a_worker_that_was_restarted_while_nobody_looked_plays_all_the_same() -> None:
-    """Nobody asks it whether it is ready: the first that it hears is a group to play."""
-
-    async def main() -> list[GroupReport]:
-        elsewhere = [object()]
-        worker = RolloutWorker(load_config(None, ["model.name=tiny"]), 0, 1, [], elsewhere)
-        job = GroupJob("r/0/t", Echo().task("train", 0), 0, 2, 1.0, expert=True)
-        played = worker.play(0, {"handle": None, "lineage": 0}, [job])
-        return [item async for item in played if isinstance(item, GroupReport)]
-
-    try:
-        [report] = asyncio.run(main())
-    finally:
-        gc.unfreeze()
-    assert report.rewards == (1.0, 1.0)
-
-
-def play_one() -> GroupReport:
-    """A conversation of the expert."""
+def play_expert(size: int) -> GroupReport:
+    """A group of the expert's conversations."""
 
     async def main() -> list[GroupReport]:
         worker = RolloutWorker(load_config(None, ["model.name=tiny"]), 0, 1, [], [object()])
-        job = GroupJob("r/0/t", Task("train-0", 0), 0, 1, 1.0, expert=True)
+        job = GroupJob("r/0/t", TASK, 0, size, 1.0, expert=True)
         played = worker.play(0, {"handle": None, "lineage": 0}, [job])
         return [item async for item in played if isinstance(item, GroupReport)]
 
@@ -49,12 +33,18 @@ def play_one() -> GroupReport:
     return report
 
 
+def test_a_worker_that_was_restarted_while_nobody_looked_plays_all_the_same() -> None:
+    """Nobody asks it whether it is ready: the first that it hears is a group to play."""
+    report = play_expert(2)
+    assert report.rewards == (1.0, 1.0)
+
+
 def test_an_environment_that_cannot_be_built_here_is_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def away(self: Echo) -> None:
         raise ConnectionError("the database is away")
 
     monkeypatch.setattr(Echo, "__init__", away)
-    report = play_one()
+    report = play_expert(1)
     assert (report.stop_reasons, report.rewards) == (("environment_error",), (None,))
     assert "the database is away" in report.errors[0]
 
@@ -65,7 +55,7 @@ def test_an_environment_that_cannot_be_built_here_is_data(monkeypatch: pytest.Mo
 )
 def test_an_expert_that_fails_is_data(monkeypatch: pytest.MonkeyPatch, said: Any, error: str) -> None:
     monkeypatch.setattr(Echo, "expert", lambda self: said())
-    report = play_one()
+    report = play_expert(1)
     assert report.stop_reasons == ("environment_error",)
     assert error in report.errors[0]
 
