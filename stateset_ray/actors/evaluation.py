@@ -11,7 +11,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 
 from stateset_ray.actors.flight import GroupHandle
-from stateset_ray.actors.jobs import GroupJob, GroupPayload
+from stateset_ray.actors.jobs import GroupJob, GroupPayload, distinct
 from stateset_ray.actors.remote import get
 from stateset_ray.actors.rollout_pool import RolloutPool
 from stateset_ray.config import Config
@@ -59,9 +59,7 @@ def evaluate_heldout(
     jobs: dict[str, GroupJob] = {}
     for index in range(config.evaluate.tasks):
         task = environment.task("heldout", index)
-        name, parts = task.id, [task.id]
-        if name in jobs:  # an environment with few tasks, or with one
-            name, parts = f"{name}#{index}", [name, str(index)]
+        name, parts = distinct("", task, index, jobs)
         # Not derived from the run's seed: two runs with different seeds are measured alike.
         seed = derive_seed("heldout", *parts)
         jobs[name] = GroupJob(f"heldout/{name}", task, seed, 1, config.evaluate.temperature)

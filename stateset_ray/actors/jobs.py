@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -19,7 +20,7 @@ from stateset_ray.grpo.advantages import Rewards
 from stateset_ray.grpo.samples import laid_out, shared_prefix
 from stateset_ray.types import Sample, StopReason, Task, Trajectory, TrajectoryGroup
 
-__all__ = ["Counts", "GroupJob", "GroupPayload", "GroupReport", "SampleSize", "report_on"]
+__all__ = ["Counts", "GroupJob", "GroupPayload", "GroupReport", "SampleSize", "distinct", "report_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,19 @@ class GroupJob:
     def again(self) -> GroupJob:
         """The same job, one attempt later."""
         return replace(self, attempt=self.attempt + 1)
+
+
+def distinct(prefix: str, task: Task, index: int, taken: Collection[str]) -> tuple[str, tuple[str, ...]]:
+    """The name of a task that is none of those taken, and what the seed of its job is derived from.
+
+    An environment with few tasks, or with one, gives the same one again: its index then tells them apart.
+    """
+    name, parts = f"{prefix}{task.id}", (task.id,)
+    if name not in taken:
+        return name, parts
+    while name in taken:  # more than once where a task is called as another one was numbered
+        name += f"#{index}"
+    return name, (*parts, str(index))
 
 
 class GroupPayload:

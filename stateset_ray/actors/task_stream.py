@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from stateset_ray.actors.jobs import GroupJob
+from stateset_ray.actors.jobs import GroupJob, distinct
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment
 from stateset_ray.types import derive_seed
@@ -105,11 +105,11 @@ class TaskStream:
     ) -> list[GroupJob]:
         """Jobs of a step, which has those that are `taken` already."""
         jobs: dict[str, GroupJob] = {}
+        names = set(taken)
         for index in indices:
             task = self._environment.task("train", index)
-            name, parts = f"{self._config.run.name}/{step}/{task.id}", [task.id]
-            if name in taken or name in jobs:  # an environment with few tasks, or with one
-                name, parts = f"{name}#{index}", [task.id, str(index)]
+            name, parts = distinct(f"{self._config.run.name}/{step}/", task, index, names)
+            names.add(name)
             seed = derive_seed(self._config.run.seed, step, *parts)
             jobs[name] = GroupJob(name, task, seed, size, self._config.rollout.temperature, expert=expert)
         return list(jobs.values())

@@ -6,6 +6,7 @@ Every parameter is honoured or refused by name, and none is ignored.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
@@ -79,7 +80,7 @@ class SamplingRequest(Strict):
 
 
 def parse_json(body: bytes, limits: LimitSettings) -> dict[str, Any]:
-    """A JSON object, read strictly: no duplicate keys, no NaN, no text that UTF-8 cannot hold.
+    """A JSON object, read strictly: no duplicate keys, no NaN or infinity, no text that UTF-8 cannot hold.
 
     Raises:
         ApiError: it is not one, or it is deeper or wider than the limits.
@@ -87,8 +88,9 @@ def parse_json(body: bytes, limits: LimitSettings) -> dict[str, Any]:
     _measure(body, limits)
     try:
         value = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
-        )
+            body.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant,
+            parse_float=_finite,
+        )  # fmt: skip
     except (ValueError, RecursionError):
         raise ApiError(400, "invalid_json", "the body is not valid JSON in UTF-8") from None
     if not isinstance(value, dict):
@@ -202,6 +204,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(_: str) -> NoReturn:
     raise ValueError("NaN and infinities are not JSON")
+
+
+def _finite(text: str) -> float:
+    """`1e999` is a number in JSON, and would be an infinity here, which no JSON can say again."""
+    if math.isinf(value := float(text)):
+        raise ApiError(400, "invalid_json", "the body holds a number that is too large")
+    return value
 
 
 def _refuse(error: ValidationError) -> NoReturn:

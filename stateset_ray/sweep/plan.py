@@ -74,7 +74,7 @@ def read_plan(config: Config, space: str | Path, *, samples: int = 0) -> Plan:
     """
     path = _SPACES / f"{space}.toml" if str(space) in shipped() else Path(space)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(

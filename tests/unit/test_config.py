@@ -68,6 +68,12 @@ def test_a_missing_or_broken_file_is_a_clear_error(tmp_path):
         load_config(broken)
 
 
+def test_the_mark_that_editors_on_windows_begin_a_file_with_is_no_part_of_it(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[train]\nsteps = 5\n", encoding="utf-8-sig")
+    assert load_config(path).train.steps == 5
+
+
 def test_overrides_win_over_the_file_and_words_are_strings(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[train]\nsteps = 5\n[model]\nname = 'smollm2'\n")

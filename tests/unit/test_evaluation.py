@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_a_task_that_repeats_is_played_as_often_each_time_anew(monkeypatch: pyte
     rewards = evaluated(OneTask(), pool)
     assert rewards == {"heldout-only": 0.0, "heldout-only#1": 1.0, "heldout-only#2": 2.0}
     assert len({job.seed for job in pool.jobs}) == 3
+
+
+class OneOddTask(OneTask):
+    """As that, and the second is called what the third would be numbered."""
+
+    def task(self, split: Split, index: int) -> Task:
+        task = super().task(split, index)
+        return replace(task, id=f"{task.id}#2") if index == 1 else task
+
+
+def test_no_task_takes_the_name_that_another_one_was_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stateset_ray.actors.evaluation._conversation", lambda *_: ())
+    rewards = evaluated(OneOddTask(), Pool())
+    assert rewards == {"heldout-only": 0.0, "heldout-only#2": 1.0, "heldout-only#2#2": 2.0}
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_calls_of_tools_are_read_as_the_policy_wrote_them():
     "body",
     [
         b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}',
-        b'{"n": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}",
+        b'{"n": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}", b'{"a": [1e999]}', b'{"a": -1e999}',
     ],
 )  # fmt: skip
 def test_what_is_no_json_object_is_refused(body):
