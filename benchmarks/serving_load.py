@@ -15,6 +15,7 @@ from benchmarks.serving_endpoint import Endpoint
 __all__ = ["affinity", "disconnects", "latency", "overload"]
 
 _SECONDS = 15.0  # of each measurement
+_REPLICAS = (2, 4)
 _CONVERSATIONS = 6
 _TURNS = 6
 _REPLY_TOKENS = 16
@@ -38,8 +39,20 @@ def affinity(endpoint: Endpoint) -> dict[str, Any]:
     """Conversations with an agent of a shop: time to the first token of each turn but the first.
 
     All have the same instructions, and each a record of its own; then come turns of a short question and a
-    reply. Two at a time; first with every conversation named, then without names.
+    reply. Two at a time; first with every conversation named, then without names. By number of policy
+    replicas: any replica knows what it has read, so of few the right one is often met by chance.
     """
+    usual = endpoint.settings.policy.replicas
+    found = {}
+    for replicas in _REPLICAS:
+        endpoint.deploy(replicas=replicas)
+        endpoint.reaches(lambda found, wanted=replicas: len(found) == wanted)  # type: ignore[misc]
+        found[str(replicas)] = _conversations(endpoint)
+    endpoint.deploy(replicas=usual)
+    return found
+
+
+def _conversations(endpoint: Endpoint) -> dict[str, Any]:
     instructions = _words(0, 0, endpoint.context // 6)
 
     async def talk(client: Client, number: int, session: str) -> list[float]:
@@ -86,13 +99,12 @@ def affinity(endpoint: Endpoint) -> dict[str, Any]:
         """Let every replica know the instructions, as it does after its first minute."""
         said = [{"role": "system", "content": instructions}, *HI]
         async with Client.of(endpoint) as client:
-            for _ in range(8):
+            for _ in range(6 * endpoint.settings.policy.replicas):  # whose turn it is, is chance
                 await client.ask(said, tokens=4)
 
     asyncio.run(warm())
     named, unnamed = measured(True, 1000), measured(False, 2000)
     return {
-        "replicas": endpoint.settings.policy.replicas,
         "conversations": _CONVERSATIONS, "turns": _TURNS,
         "named": named, "unnamed": unnamed,
         "mean_ratio": round(unnamed["first_token_mean_ms"] / named["first_token_mean_ms"], 2),

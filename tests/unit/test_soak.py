@@ -29,18 +29,35 @@ def test_an_interval_misses_seldom():
     assert 180 <= held <= 199  # of 200, at 95 %
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
+def test_an_interval_knows_that_what_follows_is_like_what_went_before(correlation):
+    rng = random.Random(3)
+    held = found = 0
+    for _ in range(200):
+        values = [0.0]
+        for _ in range(60):
+            values.append(correlation * values[-1] + rng.gauss(0, 0.1))
+        wandering = values[-40:]
+        _, low, high = theil_sen(range(40), wandering)
+        held += low <= 0 <= high
+        found += theil_sen(range(40), [x + 0.1 * i for i, x in enumerate(wandering)])[1] > 0
+    assert held >= 176, "of 200"  # some 120 would be, if each were taken for new
+    assert found >= 176
+
+
 @pytest.mark.parametrize(("growth", "holds_zero"), [(0.0, True), (0.5, False)])
 def test_what_wanders_does_not_grow_and_what_grows_does(growth, holds_zero):
     rng = random.Random(4)
     rows, wandering = [], 0.0
     for sample in range(600):
         wandering = 0.8 * wandering + rng.gauss(0, 0.1)
-        rows.append((2.0 * sample, 200 + wandering + growth * sample / 30, 77, 38 + (sample < 100)))
+        own = 120 + wandering + growth * sample / 30
+        rows.append((2.0 * sample, own, 80 + own, 77, 38 + (sample < 100)))
     found = _grown(rows)
-    assert found["rss_mib"]["holds_zero"] is holds_zero
-    assert found["rss_mib"]["slope_per_minute"] == pytest.approx(growth, abs=0.05)
+    assert found["own_mib"]["holds_zero"] is found["rss_mib"]["holds_zero"] is holds_zero
+    assert found["own_mib"]["slope_per_minute"] == pytest.approx(growth, abs=0.05)
     assert found["descriptors"] == {
         "first": 77, "last": 77, "slope_per_minute": 0, "interval": [0, 0], "holds_zero": True
     }  # fmt: skip
     assert found["threads"]["holds_zero"], "the warm-up counts"
-    assert len(found["rss_mib_by_period"]) == 20 and found["period_seconds"] == 60
+    assert len(found["own_mib_by_period"]) == 20 and found["period_seconds"] == 60
