@@ -81,6 +81,7 @@ def test_gpus_that_are_not_there() -> None:
 
 
 def test_a_cluster_is_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", "1")  # so that what it says is not looked at
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"

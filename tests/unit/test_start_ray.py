@@ -1,13 +1,15 @@
 """Ray's own start on a busy machine, and addresses that nobody answers at; without Ray."""
 
 import socket
+import threading
 import time
+from contextlib import contextmanager, suppress
 
 import pytest
 import ray
 
 from stateset_ray.actors import placement
-from stateset_ray.actors.address import host_and_port
+from stateset_ray.actors.address import check_answers, host_and_port
 from stateset_ray.actors.placement import cluster, start_ray
 from stateset_ray.config import load_config
 from stateset_ray.errors import ClusterError
@@ -94,12 +96,49 @@ def test_an_address_that_nobody_answers_at_is_refused_in_seconds(starts, monkeyp
     assert (source in caught.value.given, starts[1]) == (True, [])
 
 
+@contextmanager
+def answering(says):
+    """A port where who connects is told this, and no more."""
+
+    def answer():
+        with suppress(OSError):  # closed: nobody asks any more
+            while True:
+                with server.accept()[0] as peer:
+                    peer.sendall(says)
+                    peer.shutdown(socket.SHUT_WR)
+                    peer.recv(1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
 def test_an_address_that_is_answered_at_is_joined(starts, monkeypatch, nobody):
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        for address in (f"127.0.0.1:{server.getsockname()[1]}", "auto"):
+    with answering(bytes((0, 0, 18, 4, 0))) as port:
+        for address in (f"127.0.0.1:{port}", "auto"):
             with cluster(load_config(None, [f"cluster.address={address}"])):
                 assert starts[1][-1]["address"] == address
+
+
+@pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b"\0\0", b""])
+def test_what_answers_and_is_no_cluster_is_refused(says):
+    with answering(says) as port, pytest.raises(ClusterError, match="no Ray cluster") as caught:
+        check_answers(f"127.0.0.1:{port}", "cluster.address")
+    assert "6379" in caught.value.mend
+
+
+def test_who_is_silent_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("stateset_ray.actors.address._PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ClusterError, match="no Ray cluster"):
+            check_answers(place, "cluster.address")
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        check_answers(place, "cluster.address")
 
 
 def test_a_start_that_fails_here_blames_no_address(starts, nobody):
