@@ -3,8 +3,10 @@
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
+import grpc
 import pytest
 import ray
 
@@ -118,10 +120,13 @@ def answering(says):
 
 def test_an_address_that_is_answered_at_is_joined(starts, monkeypatch, nobody):
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with answering(bytes((0, 0, 18, 4, 0))) as port:
-        for address in (f"127.0.0.1:{port}", "auto"):
-            with cluster(load_config(None, [f"cluster.address={address}"])):
-                assert starts[1][-1]["address"] == address
+    server = grpc.server(ThreadPoolExecutor(1))  # as GCS and Ray's server for clients are
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto"):
+        with cluster(load_config(None, [f"cluster.address={address}"])):
+            assert starts[1][-1]["address"] == address
+    server.stop(None)
 
 
 @pytest.mark.parametrize("says", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n", b"\0\0", b""])
