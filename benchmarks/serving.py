@@ -104,7 +104,7 @@ def main() -> None:
             result.setdefault("load", {})[name] = LOADS[name](made)
             _write(options.output, result)
         if options.soak:
-            result["soak"] = soak(made, options.soak)
+            result["soak"] = soak(made, options.soak, options.warm_up)
             _write(options.output, result)
     print(json.dumps(result, indent=1))
 
@@ -123,12 +123,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=10, help="of each fault")
     parser.add_argument("--load", nargs="*", choices=tuple(LOADS), default=())
     parser.add_argument("--soak", type=float, default=0, metavar="SECONDS")
+    parser.add_argument("--warm-up", type=float, metavar="SECONDS", help="of a soak; default: a third of it")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--seconds", type=float, default=10, help="of each level of `overload`")
     parser.add_argument("--remembered", type=int, help="`policy.remembered`, for a soak")
     parser.add_argument("--ingress-ongoing", type=int, help="`ingress_ongoing`, for `overload`")
     parser.add_argument("--output", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.warm_up is not None and not 0 <= options.warm_up <= 0.8 * options.soak:
+        parser.error(f"--warm-up {options.warm_up:g}: from 0 to 0.8 of --soak ({options.soak:g})")
+    return options
 
 
 def _measured(made: Endpoint, fault: str, times: int) -> dict[str, Any]:

@@ -26,18 +26,21 @@ __all__ = ["soak", "theil_sen"]
 _CLIENTS = 4  # of each
 _EVERY = 2.0  # seconds between two samples
 _PERIODS = 12  # after the warm-up, at least; each at most a minute long
-_WARM_UP = 1 / 3  # of the time, which is left out: caches and pools fill
 _Row = tuple[float, float, float, int, int]  # seconds, own and resident MiB, descriptors, threads
 
 
-def soak(endpoint: Endpoint, seconds: float) -> dict[str, Any]:
+def soak(endpoint: Endpoint, seconds: float, warm_up: float | None = None) -> dict[str, Any]:
     """Four clients ask each of the two for so long, of the endpoint each request in a session of its own.
 
     Slopes of each process are Theil-Sen's, per minute, with a 95 % confidence interval, of the medians of
-    periods of time, after the first third: samples a few seconds apart say nearly the same, and the interval
-    of all of them would be far too narrow. `own_mib` is resident memory but for pages of files and of Ray's
-    object store: code that runs for the first time is mapped then, and is not what a process holds.
+    periods of time, after a warm-up: samples a few seconds apart say nearly the same, and the interval of all
+    of them would be far too narrow. `own_mib` is resident memory but for pages of files and of Ray's object
+    store: code that runs for the first time is mapped then, and is not what a process holds.
+
+    Args:
+        warm_up: seconds that are left out, in which caches and pools fill; by default a third of all.
     """
+    warm_up = seconds / 3 if warm_up is None else warm_up
     samples: dict[tuple[str, int], list[_Row]] = defaultdict(list)
 
     def watch() -> None:
@@ -57,9 +60,12 @@ def soak(endpoint: Endpoint, seconds: float) -> dict[str, Any]:
         load, passed_on = asyncio.run(_asked(endpoint, watch))
     return {
         "seconds": seconds,
+        "warm_up_seconds": warm_up,
         "load": load,
         "bare_requests": passed_on,
-        "processes": {f"{kind} {pid}": _grown(rows) for (kind, pid), rows in sorted(samples.items())},
+        "processes": {
+            f"{kind} {pid}": _grown(rows, warm_up) for (kind, pid), rows in sorted(samples.items())
+        },
     }
 
 
@@ -85,14 +91,16 @@ async def _asked(endpoint: Endpoint, watch: Callable[[], None]) -> tuple[dict[st
         return summary(told), sum(await asyncio.gather(*asking))
 
 
-def _grown(rows: Sequence[_Row]) -> dict[str, Any]:
+def _grown(rows: Sequence[_Row], warm_up: float) -> dict[str, Any]:
     lasted = rows[-1][0] - rows[0][0]
-    period = min(60.0, lasted * (1 - _WARM_UP) / _PERIODS)
+    if lasted < 1.1 * warm_up:  # one that was replaced
+        return {"samples": len(rows), "seconds": round(lasted, 1)}
+    period = min(60.0, (lasted - warm_up) / _PERIODS)
     parts: dict[int, list[_Row]] = defaultdict(list)
     for row in rows:
         parts[int((row[0] - rows[0][0]) / period)].append(row)
     every = [tuple(np.median(part, axis=0)) for part in parts.values()]
-    kept = [row for row in every if row[0] >= rows[0][0] + _WARM_UP * lasted]
+    kept = [row for row in every if row[0] >= rows[0][0] + warm_up]
     minutes = [(row[0] - kept[0][0]) / 60 for row in kept]
     found: dict[str, Any] = {
         "samples": len(rows), "period_seconds": round(period, 1),

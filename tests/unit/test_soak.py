@@ -53,7 +53,7 @@ def test_what_wanders_does_not_grow_and_what_grows_does(growth, holds_zero):
         wandering = 0.8 * wandering + rng.gauss(0, 0.1)
         own = 120 + wandering + growth * sample / 30
         rows.append((2.0 * sample, own, 80 + own, 77, 38 + (sample < 100)))
-    found = _grown(rows)
+    found = _grown(rows, 400)
     assert found["own_mib"]["holds_zero"] is found["rss_mib"]["holds_zero"] is holds_zero
     assert found["own_mib"]["slope_per_minute"] == pytest.approx(growth, abs=0.05)
     assert found["descriptors"] == {
@@ -61,3 +61,9 @@ def test_what_wanders_does_not_grow_and_what_grows_does(growth, holds_zero):
     }  # fmt: skip
     assert found["threads"]["holds_zero"], "the warm-up counts"
     assert len(found["own_mib_by_period"]) == 20 and found["period_seconds"] == 60
+
+
+def test_a_process_that_was_replaced_is_told_and_not_judged():
+    assert _grown([(2.0 * sample, 1.0, 2.0, 77, 38) for sample in range(10)], 400) == {
+        "samples": 10, "seconds": 18.0
+    }  # fmt: skip
