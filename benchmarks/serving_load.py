@@ -15,7 +15,7 @@ from benchmarks.serving_endpoint import Endpoint
 __all__ = ["affinity", "disconnects", "latency", "overload"]
 
 _SECONDS = 15.0  # of each measurement
-_REPLICAS = (2, 4)
+_REPLICAS = (2, 4)  # of the policy, for `affinity`
 _CONVERSATIONS = 6
 _TURNS = 6
 _REPLY_TOKENS = 16
@@ -46,7 +46,7 @@ def affinity(endpoint: Endpoint) -> dict[str, Any]:
     found = {}
     for replicas in _REPLICAS:
         endpoint.deploy(replicas=replicas)
-        endpoint.reaches(lambda found, wanted=replicas: len(found) == wanted)  # type: ignore[misc]
+        endpoint.reaches(lambda states, wanted=replicas: len(states) == wanted)  # type: ignore[misc]
         found[str(replicas)] = _conversations(endpoint)
     endpoint.deploy(replicas=usual)
     return found
