@@ -121,11 +121,8 @@ class Lookahead:
         admit()
         flight = self._flights[step]
         while self._admitted[step] < self._wanted(step, step) and not enough():
-            # More than the workers can play at once.
-            if flight.unfinished:
-                self._pool.wait(flight, should_stop, admit, enough)
-            else:
-                self._pool.advance(_POLL)
+            # More than the workers can play at once: each time that nothing is left, some may be started.
+            self._pool.wait(flight, should_stop, admit, enough)
             admit()
         self._pool.wait(flight, should_stop, admit, enough)
         for _ in range(self._config.grpo.refills):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def test_a_cluster_is_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "(RAY_ADDRESS)" in doctor._ray_address(config()).detail
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert doctor._ray_address(config()).status == "note"
+
+
+def test_what_answers_and_is_no_cluster_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as thread:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        told = thread.submit(doctor._ray_address, config(f'cluster.address="{address}"'))
+        with server.accept()[0] as peer:
+            peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            check = told.result(30)
+    assert (check.status, "no Ray cluster" in check.detail) == ("fail", True)
 
 
 def test_a_token_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
