@@ -93,14 +93,15 @@ async def _asked(endpoint: Endpoint, watch: Callable[[], None]) -> tuple[dict[st
 
 def _grown(rows: Sequence[_Row], warm_up: float) -> dict[str, Any]:
     lasted = rows[-1][0] - rows[0][0]
-    if lasted < 1.1 * warm_up:  # one that was replaced
+    if lasted < 1.1 * warm_up or len(rows) < 2 * _PERIODS:  # one that was replaced, or has just come
         return {"samples": len(rows), "seconds": round(lasted, 1)}
     period = min(60.0, (lasted - warm_up) / _PERIODS)
     parts: dict[int, list[_Row]] = defaultdict(list)
-    for row in rows:
-        parts[int((row[0] - rows[0][0]) / period)].append(row)
+    for row in rows:  # below 0: in the warm-up
+        parts[math.floor((row[0] - rows[0][0] - warm_up) / period)].append(row)
+    parts.pop(round((lasted - warm_up) / period), None)  # less than half of one
     every = [tuple(np.median(part, axis=0)) for part in parts.values()]
-    kept = [row for row in every if row[0] >= rows[0][0] + warm_up]
+    kept = [row for index, row in zip(parts, every, strict=True) if index >= 0]
     minutes = [(row[0] - kept[0][0]) / 60 for row in kept]
     found: dict[str, Any] = {
         "samples": len(rows), "period_seconds": round(period, 1),
@@ -121,7 +122,9 @@ def theil_sen(times: Sequence[float], values: Sequence[float]) -> tuple[float, f
     """The median of all pairwise slopes, and the bounds of its 95 % interval (Sen, 1968).
 
     Memory wanders: a minute begins where the last one ended. So the interval is widened as for a process of
-    first order whose correlation is that of what the slope leaves over.
+    first order whose correlation is that of what the slope leaves over. Of drawn series that do not
+    grow it holds 0 in 95 to 97 % if they do not wander either; where one value makes up 0.8 of the next, in
+    90 % of those with 12 values and 93 % of those with 40.
 
     Args:
         times: evenly spaced.
@@ -138,17 +141,19 @@ def theil_sen(times: Sequence[float], values: Sequence[float]) -> tuple[float, f
     correlation = _correlation(y - slope * x)
     variance = n * (n - 1) * (2 * n + 5) / 18 * (1 + correlation) / (1 - correlation)
     half = 1.96 * math.sqrt(variance) / 2
-    low, high = round(len(slopes) / 2 - half), round(len(slopes) / 2 + half)
+    low, high = round(len(slopes) / 2 - half) - 1, round(len(slopes) / 2 + half)
     return slope, float(slopes[max(0, low)]), float(slopes[min(len(slopes) - 1, high)])
 
 
 def _correlation(rest: np.ndarray) -> float:
     """Of each value with the next, 0 to 0.95, without the bias that a fitted slope brings.
 
-    The bias is that of Shaman and Stine (1988), JASA 83, for a process of first order around a line.
+    What is computed here falls short by about (2 + 5 c) / n, of n values whose correlation is c: by
+    (2 + 4 c) / n as least squares do around a line (Shaman and Stine, 1988, JASA 83), and by c / n since the
+    sum below has one term more than the one above.
     """
     rest = np.round(rest - rest.mean(), 9)
     if not rest.any():
         return 0.0
-    found = float(rest[1:] @ rest[:-1] / (rest @ rest))
-    return min(0.95, max(0.0, found + (2 + 4 * found) / len(rest)))
+    found, n = float(rest[1:] @ rest[:-1] / (rest @ rest)), len(rest)
+    return min(0.95, max(0.0, (n * found + 2) / (n - 5))) if n > 5 else 0.95

@@ -29,20 +29,29 @@ def test_an_interval_misses_seldom():
     assert 180 <= held <= 199  # of 200, at 95 %
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
-def test_an_interval_knows_that_what_follows_is_like_what_went_before(correlation):
+@pytest.mark.parametrize(
+    ("periods", "correlation", "least"), [(40, 0.0, 184), (40, 0.5, 180), (40, 0.8, 178), (20, 0.8, 172)]
+)
+def test_an_interval_knows_that_what_follows_is_like_what_went_before(periods, correlation, least):
     rng = random.Random(3)
     held = found = 0
     for _ in range(200):
         values = [0.0]
-        for _ in range(60):
+        for _ in range(20 + periods):
             values.append(correlation * values[-1] + rng.gauss(0, 0.1))
-        wandering = values[-40:]
-        _, low, high = theil_sen(range(40), wandering)
+        wandering = values[-periods:]
+        _, low, high = theil_sen(range(periods), wandering)
         held += low <= 0 <= high
-        found += theil_sen(range(40), [x + 0.1 * i for i, x in enumerate(wandering)])[1] > 0
-    assert held >= 176, "of 200"  # some 120 would be, if each were taken for new
+        found += theil_sen(range(periods), [x + 0.3 * i for i, x in enumerate(wandering)])[1] > 0
+    assert held >= least, "of 200"  # some 120 would be with 0.8, if each were taken for new
     assert found >= 176
+
+
+def test_what_shrinks_is_what_grows_in_a_mirror():
+    rng = random.Random(5)
+    values = [rng.gauss(0, 1) for _ in range(12)]
+    slope, low, high = theil_sen(range(12), values)
+    assert theil_sen(range(12), [-value for value in values]) == (-slope, -high, -low)
 
 
 @pytest.mark.parametrize(("growth", "holds_zero"), [(0.0, True), (0.5, False)])
@@ -67,3 +76,14 @@ def test_a_process_that_was_replaced_is_told_and_not_judged():
     assert _grown([(2.0 * sample, 1.0, 2.0, 77, 38) for sample in range(10)], 400) == {
         "samples": 10, "seconds": 18.0
     }  # fmt: skip
+
+
+def test_a_process_that_has_just_come_is_told_and_not_judged():
+    assert _grown([(0.0, 1.0, 2.0, 77, 38)], 0) == {"samples": 1, "seconds": 0.0}
+
+
+def test_periods_begin_where_the_warm_up_ends():
+    rows = [(2.0 * sample, 10.0 if sample < 205 else 20.0, 30.0, 77, 38) for sample in range(615)]
+    found = _grown(rows, 410)
+    assert (found["own_mib"]["first"], found["own_mib"]["slope_per_minute"]) == (20, 0)
+    assert found["own_mib_by_period"].count(20) == 14, "and none of the 20 s that are left over"
