@@ -29,7 +29,7 @@ from stateset_ray.actors.time_sharing import fall_asleep
 from stateset_ray.committed import newest
 from stateset_ray.config import Config
 from stateset_ray.environments.base import Environment, build_environment, check_expert
-from stateset_ray.errors import LearnerLost, RunError
+from stateset_ray.errors import CheckpointError, LearnerLost, RunError
 from stateset_ray.grpo.diagnosis import Problem, diagnose
 from stateset_ray.grpo.divergence import next_kl_coef
 from stateset_ray.learner.learner import LossKind
@@ -54,6 +54,8 @@ class Run:
         kl_coef: weight of the KL to the reference, where it is steered to `grpo.kl_target`.
         results: what `summary.json` and checkpoints carry (held-out rewards and so on).
         rewinds: how often a checkpoint of elsewhere took the place of what the run had done.
+        between: whether the learner's weights are those of the steps done: False from the start of an update
+            until its step is counted, and from the end of the ranks until new ones have loaded theirs.
         watch: called with what each step has played and learned from, while that can still be fetched.
     """
 
@@ -71,6 +73,7 @@ class Run:
         self.kl_coef = config.grpo.kl_coef
         self.results: dict[str, Any] = {}
         self.rewinds = 0
+        self.between = True
         self.watch: Callable[[Collected, Batch], None] = lambda collected, batch: None
         self._environment = environment
         self._meter = meter
@@ -80,7 +83,6 @@ class Run:
         self._started = time.monotonic()
         self._seconds_before = 0.0
         self._saved: int | None = None
-        self._between = True  # False while the weights may be those of a step that is not counted yet
         self._empty = 0
         self._tasks = TaskStream(config, environment)
         self._ahead = Lookahead(config, pool, self._tasks, learners.secure)
@@ -125,7 +127,7 @@ class Run:
         """Learn from a batch; {} where nothing in it has a gradient. Rollouts of later steps go on."""
         if not batch.updates:
             return {}
-        self._between = loss != "policy"
+        self.between = loss != "policy"
         if self.config.rollout.sleep:
             fall_asleep(self.pool.receivers, self.config.rollout.turn_timeout, self.pool.beat)
         return self._ahead.meanwhile(
@@ -176,7 +178,7 @@ class Run:
             self.emit("warning", step=self.step, **problem.as_dict())
         self._ahead.finish(self.step)
         self.step += 1
-        self._between = True
+        self.between = True
         if self.config.grpo.kl_target and "kl_reference" in update:
             self.kl_coef = next_kl_coef(self.kl_coef, update["kl_reference"], self.config.grpo.kl_target)
         self._stop_if_hopeless(batch, problems)
@@ -203,7 +205,17 @@ class Run:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of the steps done so far."""
+        """Write a checkpoint of the steps done so far.
+
+        Raises:
+            CheckpointError: it cannot be written, or the learner's weights are not those of these steps.
+        """
+        if not self.between:
+            raise CheckpointError(
+                "a step or a recovery was cut short: the learner's weights are of no step to be saved",
+                given=f"step {self.step}",
+                mend="go on from the newest checkpoint",
+            )
         meta = {
             "run": self.config.run.name,
             "version": self.version,
@@ -219,7 +231,7 @@ class Run:
 
     def save_if_new(self) -> Path | None:
         """Save unless nothing changed since the last save, or a step was cut short; the newest checkpoint."""
-        if self._between and self._saved != self.step and (self.step or self.results.get("warm_started")):
+        if self.between and self._saved != self.step and (self.step or self.results.get("warm_started")):
             return self.save()
         found = checkpoint.latest(self.folder / "checkpoints")
         return found.path if found else None
@@ -232,6 +244,7 @@ class Run:
             CheckpointError: no checkpoint of the run is whole any more.
         """
         started, found = time.monotonic(), False
+        self.between = False  # interrupted meanwhile, the run saves nothing: these weights are gone
         while not found:
             if self.learners.restarts >= self.config.learner.restarts:
                 raise error
@@ -253,6 +266,7 @@ class Run:
         """
         found = newest(self.folder, written=self._saved is not None)
         step, version, results, kl_coef = 0, 0, {}, self.config.grpo.kl_coef
+        self.between = False  # interrupted meanwhile, the run saves nothing
         self._ahead.clear()
         self._tasks.rewind(found.meta if found else None)
         ranks = [self.config.learner.ranks] * 2
@@ -266,7 +280,7 @@ class Run:
                 self._seconds_before = float(found.meta["seconds"])
         self.step, self.version, self.results, self.kl_coef = step, version, results, kl_coef
         self._saved = step if found is not None else None
-        self._empty, self._between = 0, True
+        self._empty, self.between = 0, True
         self._journal.rewind(step)
         where = str(found.path) if found else None
         self.emit("resumed", step=step, checkpoint=where, ranks_then=ranks[0], ranks=ranks[1])

@@ -143,6 +143,28 @@ def test_a_learner_that_dies_again_while_it_is_recovered_costs_one_restart_more(
         run.recover(LearnerLost("rank 0 died a third time"))
 
 
+@pytest.mark.parametrize("died", ["rebuild", "load"])
+def test_an_interruption_while_ranks_are_rebuilt_saves_nothing(run: Run, died: str) -> None:
+    """The new ranks hold the initial weights, or those of the last checkpoint: not those of the step."""
+    one_step(run)
+    earlier = run.save()
+    one_step(run)
+    learners: Any = run.learners
+
+    def interrupted(*_: Any) -> None:
+        learners.weights = 0
+        raise KeyboardInterrupt
+
+    learners.rebuild = learners.load = lambda *_: None
+    setattr(learners, died, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.recover(LearnerLost("rank 0 died"))
+    assert run.save_if_new() == earlier
+    with pytest.raises(CheckpointError, match="cut short"):  # what a driver asks that holds the loop itself
+        run.save()
+    assert saved(run) == (1, "1")
+
+
 def noted(run: Run) -> list[int]:
     return [json.loads(line)["step"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
 
