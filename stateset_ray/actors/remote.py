@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from stateset_ray.errors import ClusterError, StatesetError, WaitTimeout
 
-__all__ = ["await_ready", "cause_of", "died_with_its_node", "get", "there"]
+__all__ = ["await_ready", "cause_of", "died_with_its_node", "get", "there", "those_there"]
 
 _TRACE_LINES = 12  # of a remote traceback that a person may need
 
@@ -91,3 +91,10 @@ def cause_of(error: RayTaskError) -> Exception:
 def there(answer: Any) -> bool:
     """Whether an answer has come; it may be an error."""
     return bool(ray.wait([answer], timeout=0)[0])
+
+
+def those_there(answers: list[Any]) -> list[Any]:
+    """Those of them that have come, not fetched; of a stream, whether its next reference has."""
+    if not answers:
+        return []
+    return list(ray.wait(answers, num_returns=len(answers), timeout=0, fetch_local=False)[0])

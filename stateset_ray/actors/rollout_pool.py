@@ -23,7 +23,7 @@ from stateset_ray.actors.inference_pool import InferencePool, inference_engines
 from stateset_ray.actors.jobs import GroupJob, GroupReport
 from stateset_ray.actors.placement import Placement
 from stateset_ray.actors.publishing.base import PublishedWeights
-from stateset_ray.actors.remote import cause_of, get
+from stateset_ray.actors.remote import cause_of, get, those_there
 from stateset_ray.actors.roster import Roster, Stream, Worker, rollout_workers
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError, WaitTimeout
@@ -165,15 +165,20 @@ class RolloutPool:
         # Not fetched: the first half of what a stream gives is a payload, which stays where it is.
         ready, _ = ray.wait(list(waits), num_returns=1, timeout=seconds, fetch_local=False)
         if ready:  # a look at all of them costs as much as a look at one: take everything that is there
-            ready, _ = ray.wait(list(waits), num_returns=len(waits), timeout=0, fetch_local=False)
+            ready = those_there(list(waits))
         came = False
-        for item in ready:
-            worker = waits[item]
-            if item in worker.streams:
-                self._report(worker, item)
-                came = True
-            else:
-                came |= self._roster.answered(worker, item)
+        while ready:
+            halves = []
+            for item in ready:
+                worker = waits[item]
+                if item not in worker.streams:
+                    came |= self._roster.answered(worker, item)
+                elif self._report(worker, item):
+                    came = True
+                else:
+                    halves.append(item)
+            # A report mostly is there with its payload; one that is not may never come.
+            ready = those_there(halves)
         self._roster.beat()
         self._engines.beat()
         if came:
@@ -183,10 +188,7 @@ class RolloutPool:
         if self._flights and time.monotonic() - self._quiet_since > limit:
             raise WaitTimeout(
                 f"the controller got no report from any rollout worker for {limit:.0f} s",
-                given={
-                    w.index: sorted(j for s in w.streams.values() for j in s.jobs)
-                    for w in self._roster.workers
-                },
+                given={worker.index: worker.playing for worker in self._roster.workers},
                 mend="look at the workers' logs; something hangs without a limit of its own",
             )
         return came
@@ -284,35 +286,42 @@ class RolloutPool:
         )
         worker.streams[stream] = Stream({job.id: job for job in jobs}, suspect)
 
-    def _report(self, worker: Worker, item: Any) -> None:
-        """Take the next report of a worker's stream, or notice its end or its death."""
+    def _report(self, worker: Worker, item: Any) -> bool:
+        """Take what is there of a worker's stream; False if it was a payload, whose report is to follow.
+
+        Only one reference: a worker that fell silent between the two would hold up the controller for ever.
+        """
         stream = worker.streams[item]
         try:
-            payload = next(item)
+            if stream.payload is None:
+                stream.payload = next(item)
+                return False
+            payload, stream.payload = stream.payload, None
             # After a death the stream's last reference is what raises it: then there is no report.
             report: GroupReport = ray.get(next(item, payload), timeout=self._config.cluster.wait_seconds)
         except StopIteration:
             del worker.streams[item]
             for unreported in stream.jobs.values():
                 self._retry(unreported, "unreported")
-            return
+            return True
         except (RayActorError, ObjectLostError, GetTimeoutError) as death:
             self._lost(worker, death)
-            return
+            return True
         except RayTaskError as error:
             if not worker.guest:
                 raise cause_of(error) from None
             for left in self._roster.dismiss(worker, cause_of(error)):
                 self._retry(left, "worker_died", guilty=False)
-            return
+            return True
         job = stream.jobs.pop(report.job.id, None)
-        if job is None:  # it was dropped, and had ended before the worker knew
-            return
         failed = StopReason.INFRASTRUCTURE_ERROR.value in report.stop_reasons
-        if failed and job.attempt < self._config.rollout.retries:
+        if job is None:  # it was dropped, and had ended before the worker knew
+            pass
+        elif failed and job.attempt < self._config.rollout.retries:
             self._retry(job, "infrastructure_error")
-            return
-        self._end(job.id).groups.append(GroupHandle(report, payload))
+        else:
+            self._end(job.id).groups.append(GroupHandle(report, payload))
+        return True
 
     def _lost(self, worker: Worker, death: Exception) -> None:
         """A worker died: its unfinished groups become suspects, or are given up."""

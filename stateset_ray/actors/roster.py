@@ -38,10 +38,15 @@ _CALLS = 64  # of a worker at the same time, besides one for each conversation
 
 @dataclass(eq=False)
 class Stream:
-    """One call of a worker's `play`: what it has still to play."""
+    """One call of a worker's `play`: what it has still to play.
+
+    Attributes:
+        payload: of a group, where it has come and the report that belongs to it has not.
+    """
 
     jobs: dict[str, GroupJob]
     suspect: bool = False
+    payload: Any = None
 
 
 @dataclass(eq=False)
@@ -70,6 +75,11 @@ class Worker:
     def load(self) -> int:
         """Groups that it has still to play."""
         return sum(len(stream.jobs) for stream in self.streams.values())
+
+    @property
+    def playing(self) -> list[str]:
+        """Ids of these groups."""
+        return sorted(name for stream in self.streams.values() for name in stream.jobs)
 
     def clear(self) -> list[GroupJob]:
         """Forget what it plays; the groups that it had still to play."""
@@ -155,8 +165,7 @@ class Roster:
             elif (worker.load or idle) and worker.heartbeat.missed(worker.actor, limit):
                 _log.warning(
                     "rollout worker %d has not answered for %.0f s (rollout.heartbeat_timeout) and is "
-                    "restarted; it was playing %s", worker.index, limit,
-                    sorted(job for stream in worker.streams.values() for job in stream.jobs),
+                    "restarted; it was playing %s", worker.index, limit, worker.playing,
                 )  # fmt: skip
                 ray.kill(worker.actor, no_restart=False)  # its streams will tell of its death
 

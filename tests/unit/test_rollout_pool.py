@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from stateset_ray.actors.flight import Flight, GroupHandle
+from stateset_ray.actors.heartbeat import Heartbeat
 from stateset_ray.actors.jobs import GroupJob
 from stateset_ray.actors.rollout_pool import RolloutPool
 from stateset_ray.actors.roster import Roster, Worker
@@ -96,6 +97,117 @@ def ends(pool: RolloutPool, index: int, with_: Exception | None = None) -> None:
     worker.streams = {nothing(): stream}
     pool._report(worker, next(iter(worker.streams)))
     pool._tend()
+
+
+class Answers:
+    """What a call of `play` gives: only what is there, or the controller would wait for ever."""
+
+    def __init__(self) -> None:
+        self.there: list[Any] = []
+
+    def __next__(self) -> Any:
+        assert self.there, "the controller waits for what may never come"
+        if isinstance(said := self.there.pop(0), StopIteration):
+            raise said
+        return said
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds of each look of the controller at what is there."""
+    found: list[float] = []
+
+    def wait(refs: list[Any], *, timeout: float, **_: Any) -> tuple[list[Any], list[Any]]:
+        found.append(timeout)
+        return [ref for ref in refs if getattr(ref, "there", [])], []
+
+    def get(ref: Any, timeout: float) -> Any:
+        if isinstance(ref, RayActorError):  # the reference that tells of a death
+            raise ref
+        return ref
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "cancel", lambda stream: None)
+    monkeypatch.setattr(Heartbeat, "missed", lambda *_: False)
+    return found
+
+
+def playing(pool: RolloutPool, index: int) -> Answers:
+    """The one call that a worker plays."""
+    worker, answers = pool._roster.workers[index], Answers()
+    [stream] = worker.streams.values()
+    worker.streams = {answers: stream}
+    return answers
+
+
+def report(name: str) -> Any:
+    return SimpleNamespace(job=SimpleNamespace(id=name), stop_reasons=("terminated",))
+
+
+def test_a_payload_whose_report_does_not_come_holds_up_nobody(pool: RolloutPool, looks: list[float]) -> None:
+    """Its worker may have been stopped between the two: others are heard, and its silence is noticed."""
+    pool.dispatch(flight := Flight(), jobs("a", "b"))
+    silent, other = playing(pool, 0), playing(pool, 1)
+    silent.there = ["payload of a"]
+    assert pool.advance(1.0) is False
+    other.there = ["payload of b", report("b"), StopIteration()]
+    assert pool.advance(1.0) is True
+    assert (flight.unfinished, pool._roster.workers[0].load) == ({"a"}, 1)  # still asked for a heartbeat
+    silent.there = [report("a")]
+    pool.wait(flight)
+    assert [handle.payload for handle in flight.groups] == ["payload of b", "payload of a"]
+
+
+def test_a_report_that_is_there_with_its_payload_is_not_waited_for(
+    pool: RolloutPool, looks: list[float]
+) -> None:
+    pool.dispatch(flight := Flight(), jobs("a"))
+    playing(pool, 0).there = ["payload of a", report("a")]
+    pool.wait(flight)
+    assert [seconds for seconds in looks if seconds] == [1.0]
+
+
+@pytest.mark.parametrize("lost", ["RayActorError", "abandoned"])
+def test_a_payload_that_lost_its_report_is_taken_for_no_other_groups(
+    pool: RolloutPool, looks: list[float], lost: str
+) -> None:
+    pool.dispatch(flight := Flight(), jobs("a", "b"))
+    answers = playing(pool, 0)
+    answers.there = ["payload of a"]
+    pool.advance(1.0)
+    if lost == "abandoned":
+        pool.abandon()
+        pool.dispatch(flight := Flight(), jobs("a"))
+    else:
+        answers.there = [RayActorError()]
+        pool.advance(1.0)
+        assert flight.counts.aborted == {"worker_died": 4}
+        comes_back(pool, 0)  # and plays the suspect
+    playing(pool, 0).there = ["another payload", report("a")]
+    pool.advance(1.0)
+    assert [handle.payload for handle in flight.groups] == ["another payload"]
+
+
+def test_a_group_that_was_dropped_leaves_its_payload_to_no_other(
+    pool: RolloutPool, looks: list[float]
+) -> None:
+    pool._roster.workers.pop()
+    pool.dispatch(dropped := Flight(), jobs("a"))
+    kept = Flight()
+    pool.dispatch(kept, jobs("b"))
+    worker = pool._roster.workers[0]
+    first, second = worker.streams.values()
+    second.jobs |= first.jobs  # both are of one call
+    worker.streams = {first: second}
+    worker.actor.drop = SimpleNamespace(remote=lambda names: None)
+    answers = playing(pool, 0)
+    answers.there = ["payload of a"]
+    pool.advance(1.0)
+    pool.drop(dropped, "outrun")
+    answers.there = [report("a"), "payload of b", report("b")]
+    pool.wait(kept)
+    assert [handle.payload for handle in kept.groups] == ["payload of b"]
 
 
 def test_a_group_that_was_never_reported_is_played_again_and_given_up_in_the_end(pool: RolloutPool) -> None:
