@@ -13,7 +13,6 @@ import gc
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stateset_ray.actors.held_engine import HeldEngine, Inference, renderer_of
@@ -23,6 +22,7 @@ from stateset_ray.actors.router import Router
 from stateset_ray.config import Config
 from stateset_ray.environments.base import construct, load_environment
 from stateset_ray.environments.boundary import ask_expert
+from stateset_ray.environments.threads import THREADS
 from stateset_ray.errors import InfrastructureFault, StatesetError
 from stateset_ray.policies.base import Policy
 from stateset_ray.policies.scripted import ScriptedPolicy
@@ -76,10 +76,8 @@ class RolloutWorker:
 
     def _set_up(self) -> None:
         sys.path[:0] = [p for p in self._import_paths if p not in sys.path]
-        limits = self._config.rollout
-        # Blocking environments get a thread per conversation: a hung one must not starve the others.
-        threads = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="environment")
-        asyncio.get_running_loop().set_default_executor(threads)
+        # What an async environment sends to a thread itself must not starve the others either.
+        asyncio.get_running_loop().set_default_executor(THREADS)
         section = self._config.environment
         self._environment = load_environment(section.path, section.options)
         self._renderer = renderer_of(self._config)

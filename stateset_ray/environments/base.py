@@ -8,15 +8,17 @@ One instance plays one conversation and is closed afterwards, whatever happened.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import importlib
 import inspect
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
+from stateset_ray.environments.threads import THREADS
 from stateset_ray.environments.tools import Toolbox
 from stateset_ray.errors import ConfigError, StatesetError
 from stateset_ray.types import Message, Split, Step, Task, derive_seed
@@ -109,7 +111,8 @@ async def call(method: Any, *args: Any) -> Any:
     """Call an environment's method, in a thread unless it is `async`."""
     if _is_async(getattr(method, "__func__", method)):
         return await method(*args)
-    result = await asyncio.to_thread(method, *args)
+    run = partial(contextvars.copy_context().run, method, *args)
+    result = await asyncio.get_running_loop().run_in_executor(THREADS, run)
     return await result if inspect.isawaitable(result) else result
 
 

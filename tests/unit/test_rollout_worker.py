@@ -2,6 +2,10 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from stateset_ray.actors.rollout_worker import RolloutWorker
 from stateset_ray.actors.roster import Roster, Worker, calls_at_once
 from stateset_ray.config import load_config
 from stateset_ray.environments.echo import Echo
+from stateset_ray.types import Step, Task
 
 TASK = Echo().task("train", 0)
 
@@ -58,6 +63,61 @@ def test_an_expert_that_fails_is_data(monkeypatch: pytest.MonkeyPatch, said: Any
     report = play_expert(1)
     assert report.stop_reasons == ("environment_error",)
     assert error in report.errors[0]
+
+
+class Hangs(Echo):
+    """Does not answer in conversations with an odd seed."""
+
+    answers = threading.Event()
+
+    def reset(self, task: Task, seed: int) -> Any:
+        if task.seed % 2:
+            self.answers.wait()
+        return super().reset(task, seed)
+
+
+class HangsElsewhere(Hangs):
+    """The same, in a thread that it asks asyncio for itself."""
+
+    async def reset(self, task: Task, seed: int) -> Step:
+        return await (await asyncio.to_thread(super().reset, task, seed))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [Hangs, HangsElsewhere])
+def test_environments_that_hang_take_no_thread_from_those_that_come_after(kind: type[Hangs]) -> None:
+    settings = [
+        "model.name=tiny", "rollout.concurrency=2", "rollout.environment_timeout=2",
+        f"environment.path={__name__}:{kind.__name__}",
+    ]  # fmt: skip
+
+    async def main() -> list[GroupReport]:
+        worker = RolloutWorker(load_config(None, settings), 0, 1, [], [object()])
+        reports = []
+        for seed in (1, 3, 2):
+            job = GroupJob(f"r/{seed}/t", replace(TASK, seed=seed), 0, 2, 1.0, expert=True)
+            played = worker.play(0, {"handle": None, "lineage": 0}, [job])
+            reports += [item async for item in played if isinstance(item, GroupReport)]
+        return reports
+
+    Hangs.answers.clear()
+    try:
+        reports = asyncio.run(main())  # returns, though threads hang
+    finally:
+        Hangs.answers.set()
+        gc.unfreeze()
+    assert [set(report.stop_reasons) for report in reports[:2]] == [{"environment_error"}] * 2
+    assert reports[2].rewards == (1.0, 1.0)
+
+
+def test_a_call_that_hangs_does_not_keep_the_process() -> None:
+    program = """
+import asyncio, threading
+from stateset_ray.deadline import within
+from stateset_ray.environments.base import call
+asyncio.run(within(0.1, call(threading.Event().wait)))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.stderr.strip().endswith("DeadlinePassed: it took longer than 0.1 s")
 
 
 class Actor:

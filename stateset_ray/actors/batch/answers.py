@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stateset_ray.actors.batch.results import Ended, error, prompt_of
@@ -18,6 +17,7 @@ from stateset_ray.config import Config
 from stateset_ray.dataset.rows import Row
 from stateset_ray.deadline import within
 from stateset_ray.environments.base import Environment, construct, load_environment
+from stateset_ray.environments.threads import THREADS
 from stateset_ray.errors import InfrastructureFault
 from stateset_ray.policies.base import Reply, ReplyRequest
 from stateset_ray.rollout import rollout
@@ -47,8 +47,8 @@ class Replier:
         self._renderer = renderer_of(config)
         self._runner = asyncio.Runner()  # the engine's own task lives on its loop between two pieces
         self._held = HeldEngine(config, peers, self._renderer)
-        # Blocking environments get a thread per conversation: a hung one must not starve the others.
-        self._runner.get_loop().set_default_executor(ThreadPoolExecutor(config.rollout.slots))
+        # What an async environment sends to a thread itself must not starve the others either.
+        self._runner.get_loop().set_default_executor(THREADS)
 
     def answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """See `Answers.answer`."""
