@@ -182,6 +182,17 @@ class LearnerGroup:
         """Write model and state of all ranks into a folder that all of them see."""
         self._all([rank.save.remote(str(folder.absolute())) for rank in self._ranks], "a checkpoint")
 
+    def check(self, folder: Path) -> None:
+        """Ask whether the ranks, built anew, can continue from a checkpoint; they stay as they are.
+
+        Raises:
+            CheckpointError: it is of another model, engine, ZeRO stage or dtype.
+            ClusterError: the rank that was asked is dead.
+        """
+        limit = self._config.cluster.wait_seconds
+        answer = self._ranks[0].check.remote(str(folder.absolute()))
+        get(answer, timeout=limit, waiting_for="the learner to look at a checkpoint")
+
     def load(self, folder: Path) -> None:
         """Continue all ranks from a checkpoint."""
         self.fresh = False

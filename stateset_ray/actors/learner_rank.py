@@ -166,6 +166,10 @@ class LearnerRank:
         state.mkdir(exist_ok=True)
         learner.save_state(state)
 
+    def check(self, folder: str) -> None:
+        """See `Learner.check_state`."""
+        self._ready().check_state(Path(folder) / "state")
+
     def load(self, folder: str) -> None:
         """Continue from a checkpoint."""
         self._ready().load_state(Path(folder) / "state")

@@ -72,7 +72,7 @@ class DeepSpeedEngine(PolicyEngine):
         self._config = config
         self._hardware = hardware
         dtype = str(hardware.dtype).removeprefix("torch.")
-        self._layout = Layout("deepspeed", config.zero_stage, dtype, digest(self._policy.describe()), world)
+        self.layout = Layout("deepspeed", config.zero_stage, dtype, digest(self._policy.describe()), world)
         deepspeed = _start_deepspeed(hardware, rank, world, master, config.timeout)
         if config.zero_stage == 3:
             deepspeed.utils.set_z3_leaf_modules(self._policy, [TokenScores])
@@ -143,7 +143,7 @@ class DeepSpeedEngine(PolicyEngine):
             )
             save_frozen(self._policy, self._gather, target, write=self.rank == 0)
             if self.rank == 0:
-                self._layout.write(target)
+                self.layout.write(target)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"the engine state cannot be written: {error}", given=str(target)
@@ -190,7 +190,7 @@ class DeepSpeedEngine(PolicyEngine):
     def _check_loadable(self, target: Path) -> Layout:
         if not self._pristine:
             raise CheckpointError("state can only be loaded into a new engine", mend="build a new learner")
-        saved = self._layout.check(target)
+        saved = self.layout.check(target)
         # Where a rank's share is missing, DeepSpeed goes on without optimizer state and only warns.
         if self._config.zero_stage > 0:
             shares = len(list(target.glob("*_optim_states.pt")))

@@ -294,6 +294,14 @@ class Learner:
                 f"the random states cannot be written: {error}", given=str(folder)
             ) from error
 
+    def check_state(self, folder: str | Path) -> None:
+        """Compare with what this learner can load; on any rank, at any time, and nothing changes.
+
+        Raises:
+            CheckpointError: the state is missing, or of another layout.
+        """
+        self._engine.layout.check(Path(folder) / _ENGINE_TAG)
+
     def load_state(self, folder: str | Path) -> None:
         """Continue exactly where `save_state` was called; only as the first call on a new learner.
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from stateset_ray.learner.batch import PackedBatch
+from stateset_ray.learner.layout import Layout
 
 __all__ = ["LearnerEngine", "Scores", "StepResult"]
 
@@ -57,6 +58,11 @@ class LearnerEngine(Protocol):
     @property
     def world(self) -> int:
         """How many ranks there are."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """Of the states that it writes, and can read."""
         ...
 
     def score(self, packed: PackedBatch, temperature: float, *, entropy_gradient: bool = False) -> Scores:

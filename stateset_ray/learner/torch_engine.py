@@ -53,7 +53,7 @@ class TorchEngine(PolicyEngine):
         super().__init__(PolicyModel(model, config), rank, world)
         self._config = config
         dtype = str(hardware.dtype).removeprefix("torch.")
-        self._layout = Layout("torch", 0, dtype, digest(self._policy.describe()), world)
+        self.layout = Layout("torch", 0, dtype, digest(self._policy.describe()), world)
         _join(hardware, rank, world, master, config.timeout)
         self._trained = self._policy.trained()
         # In float32 the master of a weight is the weight itself.
@@ -132,7 +132,7 @@ class TorchEngine(PolicyEngine):
                     "optimizer": self._optimizer.state_dict(),
                 }
                 torch.save(state, target / _FILE)
-                self._layout.write(target)
+                self.layout.write(target)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"the engine state cannot be written: {error}", given=str(target)
@@ -144,7 +144,7 @@ class TorchEngine(PolicyEngine):
         target = Path(folder) / tag
         if not self._pristine:
             raise CheckpointError("state can only be loaded into a new engine", mend="build a new learner")
-        self._layout.check(target)
+        self.layout.check(target)
         try:
             state = torch.load(target / _FILE, map_location="cpu", mmap=True, weights_only=True)
             self._policy.load_state_dict(state["weights"])

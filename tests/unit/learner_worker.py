@@ -11,6 +11,7 @@ import random
 import runpy
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,10 @@ def resume(place: Rank, stage: int) -> None:
     place.keep(f"{name} straight", learner, place.train(learner, range(2, 4)))
     drawn = [random.random(), float(np.random.rand()), float(torch.rand(1))]
     place.results[f"{name} load into a used one"] = error_of(lambda: learner.load_state(saved / "state"))
+    place.results[f"{name} checked by a used one"] = [
+        error_of(partial(learner.check_state, folder))
+        for folder in (saved / "state", place.folder / "nowhere")
+    ]
     learner.close()
 
     learner = place.learner(settings, str(saved / "model"))

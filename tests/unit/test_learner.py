@@ -232,6 +232,8 @@ def test_bug_34_perturbed_hyper_parameters_are_live_after_restore(one: Played) -
 def test_checkpoints_that_cannot_be_continued_are_refused(one: Played) -> None:
     assert "no complete engine state" in one["resume 1 missing"]
     assert "build a new learner" in one["resume 1 load into a used one"]
+    fits, missing = one["resume 1 checked by a used one"]  # what new ones could load
+    assert (fits, "no complete engine state" in missing) == ("no error", True)
     assert "0 of 1 ranks" in one["missing share"]
 
 

@@ -301,7 +301,7 @@ def test_a_run_that_went_back_is_not_resumed_from_what_it_left_behind(tmp_path: 
     trained(config, range(4))
     folder = config.run.folder
     with Keeper(config, folder, noting([]), mirror_of(config.run)) as keeper:
-        learners = SimpleNamespace(fresh=True)
+        learners = SimpleNamespace(fresh=True, check=lambda path: None)
         run: Any = SimpleNamespace(folder=folder, config=config, keeper=keeper, learners=learners)
         run.rewinds, run.version = 0, 2
         run.restore, run.publish = lambda: None, lambda version: None
