@@ -83,8 +83,8 @@ def _any(credit: _Credit) -> bool:
 def policy_batch(collected: Collected, config: Config) -> Batch:
     """GRPO: each turn's credit is its advantage, compared within the group or the step.
 
-    With a KL to the reference or an entropy bonus every scorable trajectory has a gradient; without, those
-    of advantage 0 are filtered. Where groups were replaced (`grpo.refills`), the step keeps
+    With a KL to the reference, an entropy bonus or DPPO's penalty every scorable trajectory has a gradient;
+    without, those of advantage 0 are filtered. Where groups were replaced (`grpo.refills`), the step keeps
     `train.tasks_per_step` of them, those that teach something first.
 
     Raises:
@@ -103,7 +103,8 @@ def policy_batch(collected: Collected, config: Config) -> Batch:
         _without_truncated(handle.report, credit, config)
         for handle, credit in zip(chosen, step_advantages(rewards, objective), strict=True)
     ]
-    keep_all = objective.kl_coef > 0 or objective.entropy_coef > 0
+    penalized = objective.loss == "dppo" and objective.log_ratio_penalty > 0
+    keep_all = objective.kl_coef > 0 or objective.entropy_coef > 0 or penalized
     counts = collected.counts
     for handle, credit in zip(chosen, credits, strict=True):
         _account(counts, handle.report, credit, keep_all=keep_all)
@@ -182,7 +183,7 @@ def _shaped(report: GroupReport, config: Config) -> list[Rewards | None]:
 def _without_truncated(report: GroupReport, credit: _Credit, config: Config) -> _Credit:
     """With `truncated = "mask"`, conversations that a limit ended stay in the baseline but teach nothing.
 
-    Their credit is empty: neither an advantage nor a KL nor an entropy bonus has a gradient there.
+    Their credit is empty: neither an advantage nor a KL, a bonus or a penalty has a gradient there.
     """
     if config.grpo.truncated != "mask":
         return credit

@@ -112,7 +112,7 @@ def test_trajectories_without_gradient_stay_in_the_denominator_but_cost_nothing(
     assert batch.facts["equal_reward_share"] == 0.5
 
 
-@pytest.mark.parametrize("setting", ["grpo.kl_coef=0.1", "grpo.entropy_coef=0.1"])
+@pytest.mark.parametrize("setting", ["grpo.kl_coef=0.1", "grpo.entropy_coef=0.1", "grpo.preset=dppo"])
 def test_with_a_kl_or_an_entropy_bonus_every_trajectory_has_a_gradient(setting: str) -> None:
     batch = policy_batch(collected(played([2.0, 2.0])), config(setting))
     assert len(only(batch.updates).samples) == 2
