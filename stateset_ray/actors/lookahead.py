@@ -118,12 +118,10 @@ class Lookahead:
         def enough() -> bool:
             return self._missing(step) <= 0 and all(self._due[name] > step for name in flight.unfinished)
 
+        # This begins all groups of the step, however few can be played at once: a later step has some only
+        # where this one has its `tasks_per_step`, and there is room for those and for `oversample` more.
         admit()
         flight = self._flights[step]
-        while self._admitted[step] < self._wanted(step, step) and not enough():
-            # More than the workers can play at once: each time that nothing is left, some may be started.
-            self._pool.wait(flight, should_stop, admit, enough)
-            admit()
         self._pool.wait(flight, should_stop, admit, enough)
         for _ in range(self._config.grpo.refills):
             if (missing := self._missing(step)) <= 0:
