@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stateset_ray.actors.address import check_answers, host_and_port
+from stateset_ray.actors.address import address_of, check_answers
 from stateset_ray.actors.memory import expected_memory, size
 from stateset_ray.config import Config
 from stateset_ray.environments.base import build_environment, check_expert, has_expert
@@ -151,7 +151,7 @@ def _devices(config: Config) -> Finding:
     room = config.cluster
     asked = room.learner_gpus * config.learner.ranks + room.worker_gpus * config.rollout.workers
     asked += room.engine_gpus * config.rollout.engines
-    elsewhere = bool(room.address or os.environ.get("RAY_ADDRESS"))
+    elsewhere = bool(address_of(config)[0])
     if asked > count and not elsewhere:
         return Finding(
             "devices", "fail", f"{detail}; the configuration asks for {asked:g} GPUs",
@@ -175,16 +175,15 @@ def _deepspeed() -> Finding:
 
 
 def _ray_address(config: Config) -> Finding:
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    source = "cluster.address" if config.cluster.address else "RAY_ADDRESS"
+    address, source = address_of(config)
     if not address or address == "local":
         return Finding("ray cluster", "ok", "starts one of its own on this machine (--ray tries it)")
-    if host_and_port(address) is None:
-        return Finding("ray cluster", "note", f"joins {address!r} ({source}); --ray tries it")
     try:
-        check_answers(address, source)
+        asked = check_answers(address, source)
     except ClusterError as error:
         return Finding("ray cluster", "fail", f"{error.problem} ({error.given})", error.mend)
+    if not asked:
+        return Finding("ray cluster", "note", f"joins {address!r} ({source}); --ray tries it")
     return Finding("ray cluster", "ok", f"{address} answers ({source})")
 
 
@@ -211,7 +210,7 @@ def _ray_token(config: Config) -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     there = bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
-    joins = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    joins = bool(address_of(config)[0])
     if mode not in ("", "token", "disabled"):
         return Finding("ray token", "fail", f"RAY_AUTH_MODE={mode!r} is unknown to Ray", "token or disabled")
     if mode == "token" and joins and not there:

@@ -25,7 +25,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from stateset_ray.actors.address import check_answers
+from stateset_ray.actors.address import address_of, check_answers
 from stateset_ray.config import Config
 from stateset_ray.errors import ClusterError
 
@@ -35,7 +35,6 @@ __all__ = [
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
-_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job, beside RAY_ADDRESS
 
 
 def bundles(config: Config, *, learners: bool = True) -> list[dict[str, float]]:
@@ -60,19 +59,13 @@ def describe(config: Config) -> dict[str, Any]:
     """The placement as plain data, for `--dry-run`."""
     return {
         "strategy": config.cluster.strategy,
-        "address": _address(config) or "a local cluster of its own",
+        "address": address_of(config)[0] or "a local cluster of its own",
         "learner_ranks": config.learner.ranks,
         "rollout_workers": config.rollout.workers,
         "inference_engines": config.rollout.engines or "one in each rollout worker",
         "bundles": bundles(config),
         "total": dict(_totals(config)),
     }
-
-
-def _address(config: Config) -> str:
-    """Of the cluster to join; a Ray job joins the one that runs it, wherever its configuration comes from."""
-    given = os.environ.get("RAY_ADDRESS", "")
-    return given if given and _IN_A_JOB in os.environ else config.cluster.address or given
 
 
 def import_paths() -> list[str]:
@@ -118,8 +111,7 @@ def cluster(config: Config, *, at_least_cpus: float = 0, in_turn: bool = False) 
     if ray.is_initialized():
         yield
         return
-    address = _address(config)
-    source = "cluster.address" if address == config.cluster.address else "RAY_ADDRESS"
+    address, source = address_of(config)
     if address.startswith(("http://", "https://")):
         raise ClusterError(
             "this is the address of a dashboard: it takes jobs, but no run can join a cluster there",
@@ -233,7 +225,7 @@ def place(config: Config, *, learners: bool = True) -> Iterator[Placement]:
             missing = _missing(config, wanted)
             _log.warning("waiting for resources: %s", missing)
             # A cluster of this run's own never grows, so there is nothing to wait for.
-            if time.monotonic() > deadline or not _address(config):
+            if time.monotonic() > deadline or not address_of(config)[0]:
                 raise ClusterError(
                     f"Ray did not grant the resources in time: {missing}",
                     given=dict(wanted),
@@ -263,7 +255,7 @@ def check_room(config: Config, wanted: Sequence[Mapping[str, float]], what: str)
         given=[dict(bundle) for bundle in wanted],
         mend="add nodes, or ask for less in [cluster], rollout.workers, rollout.engines and learner.ranks",
     )
-    if not _address(config):
+    if not address_of(config)[0]:
         raise problem
     deadline = time.monotonic() + config.cluster.wait_seconds
     group = placement_group([dict(bundle) for bundle in wanted], strategy=strategy)  # what autoscalers see

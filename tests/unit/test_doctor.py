@@ -91,6 +91,11 @@ def test_a_cluster_is_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         assert doctor._ray_address(config(f'cluster.address="{address}"')).status == "ok"
         monkeypatch.setenv("RAY_ADDRESS", f"ray://{address}")
         assert "(RAY_ADDRESS)" in doctor._ray_address(config()).detail
+        elsewhere = config('cluster.address="10.0.0.1:6379"')
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # a job joins the cluster that runs it
+        assert doctor._ray_address(elsewhere).detail == f"ray://{address} answers (RAY_ADDRESS)"
+        monkeypatch.setenv("RAY_grpc_enable_http_proxy", "1")
+        assert doctor._ray_address(elsewhere).status == "note"
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert doctor._ray_address(config()).status == "note"
 

@@ -5,13 +5,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import grpc
 import pytest
 import ray
 
 from stateset_ray.actors import placement
-from stateset_ray.actors.address import check_answers, host_and_port
+from stateset_ray.actors.address import _speaks_grpc, address_of, check_answers, host_and_port
 from stateset_ray.actors.placement import cluster, start_ray
 from stateset_ray.config import load_config
 from stateset_ray.errors import ClusterError
@@ -144,6 +145,68 @@ def test_who_is_silent_is_not_waited_for(monkeypatch):
             check_answers(place, "cluster.address")
         monkeypatch.setenv("RAY_USE_TLS", "1")
         check_answers(place, "cluster.address")
+
+
+@pytest.fixture
+def resolving(monkeypatch):
+    """Lets every name have the ports of this machine that are given here for its addresses."""
+    ports = []
+
+    def getaddrinfo(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port)) for port in ports]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return ports
+
+
+@pytest.mark.parametrize("first", ["nobody", "no cluster"])
+def test_a_name_with_several_addresses_is_a_cluster_if_one_of_them_is(resolving, nobody, first):
+    settings = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+    with answering(settings) as cluster, answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as other:
+        resolving[:] = [nobody if first == "nobody" else other, cluster]
+        assert check_answers("head:6379", "cluster.address")
+        resolving[:] = [other, nobody]
+        with pytest.raises(ClusterError, match="no Ray cluster"):
+            check_answers("head:6379", "cluster.address")
+    resolving[:] = [nobody, nobody]
+    with pytest.raises(ClusterError, match="nothing answers"):
+        check_answers("head:6379", "cluster.address")
+
+
+def test_who_trickles_has_no_more_time_than_who_is_silent(monkeypatch):
+    clock = [0.0]
+
+    class Trickles:
+        def settimeout(self, seconds):
+            self.left = seconds
+
+        def sendall(self, _):
+            pass
+
+        def recv(self, _):
+            clock[0] += min(self.left, 15.0)
+            if self.left < 15:
+                raise TimeoutError
+            return b"\0"
+
+    monkeypatch.setattr("stateset_ray.actors.address.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    assert not _speaks_grpc(Trickles())
+    assert clock == [20.0]
+
+
+def test_behind_a_proxy_ray_finds_out_itself(monkeypatch, nobody):
+    monkeypatch.setenv("RAY_grpc_enable_http_proxy", "1")
+    assert not check_answers(f"127.0.0.1:{nobody}", "cluster.address")
+
+
+def test_a_job_joins_the_cluster_that_runs_it(monkeypatch, nobody):
+    theirs = load_config(None, ["cluster.address=head:6379"])
+    assert (address_of(theirs), address_of(load_config())[0]) == (("head:6379", "cluster.address"), "")
+    monkeypatch.setenv("RAY_ADDRESS", "here:6379")
+    assert address_of(load_config()) == ("here:6379", "RAY_ADDRESS")
+    assert address_of(theirs) == ("head:6379", "cluster.address")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert address_of(theirs) == ("here:6379", "RAY_ADDRESS")
 
 
 def test_a_start_that_fails_here_blames_no_address(starts, nobody):
