@@ -49,6 +49,13 @@ def test_every_kind_is_drawn_within_its_ends(plan: Any) -> None:
     assert len(found) == 200
 
 
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "space.toml"
+    text = '[space]\n"learner.learning_rate" = { loguniform = [1e-6, 1e-4] }\n'
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_plan(load_config(), path).text == text
+
+
 def test_the_same_seed_draws_the_same_trials_and_more_samples_keep_the_first(plan: Any) -> None:
     text = '[sweep]\nseed = {}\n[space]\n"learner.learning_rate" = {{ loguniform = [1e-6, 1e-3] }}'
     first, again, other = (trials_to_run(plan(text.format(seed), samples=4))[0] for seed in (1, 1, 2))
