@@ -17,28 +17,31 @@ METRIC = "tokens"
 
 
 def replicas_wanted(
-    tokens: Mapping[str, float], queued_requests: float, *, replicas: int, target: float, low: int, high: int
-) -> int:
+    tokens: Mapping[str, float], running: float, queued: float, *,
+    replicas: int, target: float, low: int, high: int,
+) -> int:  # fmt: skip
     """Replicas for this load.
 
-    Requests that no replica has taken yet are worth what those under way are on average, or one target if
-    nothing is known of any.
+    Requests that no replica has taken yet are worth what those under way are on average, and one target at
+    most, as where nothing is known of any.
 
     Args:
         tokens: of each running replica, queued and still to sample.
-        queued_requests: at the ingress replicas.
+        running: requests that replicas have taken.
+        queued: requests that wait in the ingress replicas.
         replicas: that there are now.
         target: tokens that one replica should have before it.
         low: bound of the answer.
         high: the other bound.
 
     Example:
-        >>> replicas_wanted({"a": 3000.0, "b": 3000.0}, 0, replicas=2, target=2000, low=1, high=8)
+        >>> replicas_wanted({"a": 3000.0, "b": 3000.0}, 60, 0, replicas=2, target=2000, low=1, high=8)
         3
     """
     known = sum(tokens.values())
-    each = known / len(tokens) if known else target
-    wanted = math.ceil((known + queued_requests * min(each, target)) / target)
+    # Serve's numbers are of windows of their own: what has tokens before it has a request at least.
+    each = known / max(running, sum(map(bool, tokens.values()))) if known else target
+    wanted = math.ceil((known + queued * min(each, target)) / target)
     # A replica that reports nothing yet is starting: what it will take is still with the others.
     if len(tokens) < replicas:
         wanted = max(wanted, replicas)
@@ -61,7 +64,7 @@ class TokensPerReplica:
         running = set(context.running_replicas)
         tokens = {str(replica): float(value) for replica, value in reported.items() if replica in running}
         wanted = replicas_wanted(
-            tokens, float(context.total_queued_requests or 0),
+            tokens, float(context.total_running_requests or 0), float(context.total_queued_requests or 0),
             replicas=context.current_num_replicas, target=self._target,
             low=context.capacity_adjusted_min_replicas, high=context.capacity_adjusted_max_replicas,
         )  # fmt: skip

@@ -24,33 +24,36 @@ BOUNDS = {"target": 100.0, "low": 1, "high": 8}
 
 
 @pytest.mark.parametrize(
-    ("tokens", "queued", "replicas", "wanted"),
+    ("tokens", "running", "queued", "replicas", "wanted"),
     [
-        ({}, 0, 1, 1),
-        ({"a": 0}, 0, 1, 1),
-        ({"a": 100}, 0, 1, 1),
-        ({"a": 101}, 0, 1, 2),
-        ({"a": 300, "b": 300}, 0, 2, 6),
-        ({"a": 9000}, 0, 1, 8),
-        ({"a": 50}, 4, 1, 3),  # what waits is worth what runs
-        ({"a": 0}, 4, 1, 4),  # or a target each, if nothing runs
-        ({"a": 10_000}, 2, 1, 8),
-        ({"a": 10}, 0, 2, 2),  # the other is only starting
-        ({"a": 10, "b": 10}, 0, 2, 1),
-        ({}, 3, 0, 3),  # from zero
+        ({}, 0, 0, 1, 1),
+        ({"a": 0}, 0, 0, 1, 1),
+        ({"a": 100}, 10, 0, 1, 1),
+        ({"a": 101}, 10, 0, 1, 2),
+        ({"a": 300, "b": 300}, 10, 0, 2, 6),
+        ({"a": 9000}, 10, 0, 1, 8),
+        ({"a": 50}, 1, 4, 1, 3),  # what waits is worth what runs
+        ({"a": 50}, 10, 4, 1, 1),  # each of it, and not all of a replica's
+        ({"a": 90, "b": 90}, 9, 10, 2, 4),
+        ({"a": 50, "b": 0}, 0, 4, 2, 3),  # Serve's count is behind
+        ({"a": 0}, 0, 4, 1, 4),  # or a target each, if nothing runs
+        ({"a": 10_000}, 5, 2, 1, 8),
+        ({"a": 10}, 1, 0, 2, 2),  # the other is only starting
+        ({"a": 10, "b": 10}, 2, 0, 2, 1),
+        ({}, 0, 3, 0, 3),  # from zero
     ],
 )  # fmt: skip
-def test_replicas_for_a_load(tokens, queued, replicas, wanted):
-    assert replicas_wanted(tokens, queued, replicas=replicas, **BOUNDS) == wanted
+def test_replicas_for_a_load(tokens, running, queued, replicas, wanted):
+    assert replicas_wanted(tokens, running, queued, replicas=replicas, **BOUNDS) == wanted
 
 
 @given(
-    st.dictionaries(st.text(), st.floats(0, 1e6), max_size=8), st.integers(0, 1000), st.integers(0, 8),
-    st.floats(1, 1e5),
+    st.dictionaries(st.text(), st.floats(0, 1e6), max_size=8), st.integers(0, 1000), st.integers(0, 1000),
+    st.integers(0, 8), st.floats(1, 1e5),
 )  # fmt: skip
-def test_replicas_stay_in_their_bounds_and_grow_with_the_load(tokens, queued, replicas, target):
+def test_replicas_stay_in_their_bounds_and_grow_with_the_load(tokens, running, queued, replicas, target):
     def wanted(tokens, queued):
-        return replicas_wanted(tokens, queued, replicas=replicas, target=target, low=2, high=6)
+        return replicas_wanted(tokens, running, queued, replicas=replicas, target=target, low=2, high=6)
 
     assert 2 <= wanted(tokens, queued) <= 6
     assert wanted(tokens, queued + 1) >= wanted(tokens, queued)
@@ -60,10 +63,13 @@ def test_replicas_stay_in_their_bounds_and_grow_with_the_load(tokens, queued, re
 def test_the_policy_reads_what_serve_gives():
     context = SimpleNamespace(
         aggregated_metrics={METRIC: {"a": 250.0, "b": 0.0, "dead": 9000.0}}, running_replicas=["a", "b"],
-        total_queued_requests=0, current_num_replicas=2, capacity_adjusted_min_replicas=1,
-        capacity_adjusted_max_replicas=9,
+        total_running_requests=10.0, total_queued_requests=0, current_num_replicas=2,
+        capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=9,
     )  # fmt: skip
     assert TokensPerReplica(target=100)(context) == (3, {})
+    context.total_queued_requests = 4
+    assert TokensPerReplica(target=100)(context) == (4, {})
+    context.total_queued_requests = 0
     context.aggregated_metrics = None
     assert TokensPerReplica(target=100)(context) == (2, {})
 
