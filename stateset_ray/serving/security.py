@@ -17,6 +17,7 @@ import os
 import secrets
 import ssl
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ REDIS_PASSWORD = "STATESET_RAY_REDIS_PASSWORD"
 _log = logging.getLogger(__name__)
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 _PREFIX = "sk-ssr-"
+_AGAIN = 5.0  # seconds after which a file that could not be taken over is read once more
 _SHORTEST = 16  # characters of a key from the environment; less can be guessed
 
 
@@ -88,6 +90,7 @@ class KeyRing:
         self._file = settings.keys_file
         self._fixed = (*settings.keys, *entries(listed))
         self._stamp = _stamp(self._file) if self._file else None
+        self._wrong, self._again = self._stamp, 0.0  # that could not be taken over, and when to try again
         self._keys = self._fixed + (_read(self._file) if self._file else ())
         self.open = settings.open and not self._keys
         if not self._keys and not self.open:
@@ -120,11 +123,17 @@ class KeyRing:
         """Take over a file that was changed; a file that is wrong changes nothing."""
         if self._file is None or (stamp := _stamp(self._file)) == self._stamp:
             return
-        self._stamp = stamp
+        now = time.monotonic()
+        if stamp == self._wrong and now < self._again:
+            return
         try:
             self._keys = self._fixed + _read(self._file)
         except ConfigError as error:
+            # It is read again though it stays as it is: it may have been the disk.
+            self._wrong, self._again = stamp, now + _AGAIN
             _log.error("the keys stay as they were: %s", error.problem)
+            return
+        self._stamp = stamp
         self.open = self.open and not self._keys  # who takes the last key away again has not opened it
 
 
@@ -256,12 +265,13 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
     except OSError:
-        return (0, 0, 0)
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
+        return ()
+    # Also when its mode or owner was changed: who could write it is looked at, too.
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 def _read(path: Path) -> tuple[KeyEntry, ...]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import logging
 import os
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -97,6 +100,37 @@ def test_a_file_of_keys_rotates_without_a_restart(tmp_path):
     assert refused(ring, f"Bearer {first}").code == "invalid_api_key"
     path.write_text("{broken")
     assert ring.caller(f"Bearer {second}").name == "boss"  # a bad edit locks nobody out
+
+
+def test_a_file_of_keys_whose_mode_was_mended_is_taken_over(tmp_path):
+    path = tmp_path / "keys.json"
+    revoked = add_key(path, "shop")
+    ring = KeyRing(SecuritySettings(keys_file=path), {})
+    path.chmod(0o664)
+    path.write_text('{"keys": []}')
+    assert ring.caller(f"Bearer {revoked}").name == "shop"
+    path.chmod(0o600)  # which changes neither its time nor its size
+    assert refused(ring, f"Bearer {revoked}").code == "invalid_api_key"
+
+
+def test_a_file_of_keys_that_could_not_be_read_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "keys.json"
+    revoked = add_key(path, "shop")
+    ring = KeyRing(SecuritySettings(keys_file=path), {})
+    path.write_text('{"keys": []}')
+    read, times = Path.read_bytes, []
+
+    def failing(file):
+        times.append(file)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    for _ in range(3):
+        assert ring.caller(f"Bearer {revoked}").name == "shop"
+    assert len(times) == 1, "not at each request"
+    monkeypatch.setattr(Path, "read_bytes", read)
+    ring._again = time.monotonic()
+    assert refused(ring, f"Bearer {revoked}").code == "invalid_api_key"
 
 
 @pytest.mark.parametrize(
