@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
 import time
 from typing import Any
 
@@ -23,6 +21,7 @@ from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.gate import error_response
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.page import add_page
+from stateset_ray.serving.pulse import Pulse
 from stateset_ray.serving.reading import parse_json
 from stateset_ray.serving.replying import Replying, caller_of, no_such_model
 from stateset_ray.serving.settings import ServeSettings
@@ -31,11 +30,6 @@ from stateset_ray.serving.stores import open_store
 from stateset_ray.serving.texts import add_texts
 
 __all__ = ["routes"]
-
-_log = logging.getLogger("ray.serve")
-_PULSE_SECONDS = 1.0  # for which an answer to whether anybody is ready holds
-_BUSY_SECONDS = 20.0  # for which replicas that do not answer are taken to be busy
-_READY_SECONDS = 5.0
 
 
 def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastAPI:
@@ -46,7 +40,8 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
     app.add_exception_handler(ApiError, _on_error)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_failure)
-    replying = Replying(settings, policies, meters)
+    pulse = Pulse(policies)
+    replying = Replying(settings, pulse, meters)
     store = open_store(settings.conversations)
     model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "stateset_ray"}
 
@@ -73,7 +68,7 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
         """Of the software."""
         return {"version": __version__}
 
-    _add_health(app, policies)
+    _add_health(app, pulse)
     _add_admin(app, settings, policies)
     add_release(app, settings)
     if settings.page:
@@ -81,9 +76,7 @@ def routes(settings: ServeSettings, policies: Policies, meters: Meters) -> FastA
     return app
 
 
-def _add_health(app: FastAPI, policies: Policies) -> None:
-    pulse = _Pulse(policies)
-
+def _add_health(app: FastAPI, pulse: Pulse) -> None:
     async def healthz() -> dict[str, str]:
         """This ingress replica is alive."""
         return {"status": "ok"}
@@ -99,32 +92,6 @@ def _add_health(app: FastAPI, policies: Policies) -> None:
         app.get(path)(healthz)
     for path in ("/readyz", "/health/ready"):
         app.get(path)(readyz)
-
-
-class _Pulse:
-    """Whether a policy replica answers; asked once for all who want to know, since they need no key."""
-
-    def __init__(self, policies: Policies) -> None:
-        self._policies = policies
-        self._version: str | None = None
-        self._asked = self._answered = -math.inf
-        self._asking = asyncio.Lock()
-
-    async def version(self) -> str | None:
-        """What a replica answers with; None if none has answered for a while.
-
-        Replicas that are busy do not answer at once; they are ready all the same.
-        """
-        async with self._asking:
-            if time.monotonic() - self._asked > _PULSE_SECONDS:
-                try:
-                    async with asyncio.timeout(_READY_SECONDS):
-                        self._version = str((await self._policies.status())["version"])
-                    self._answered = time.monotonic()
-                except Exception as error:  # whatever it is, the answer is the same
-                    _log.debug("no policy replica said what it holds: %s", error)
-                self._asked = time.monotonic()
-        return self._version if time.monotonic() - self._answered < _BUSY_SECONDS else None
 
 
 def _add_admin(app: FastAPI, settings: ServeSettings, policies: Policies) -> None:

@@ -7,13 +7,16 @@ import asyncio
 import httpx2
 import pytest
 
-from stateset_ray.serving import routes as module
+from stateset_ray.serving import pulse as module
+from stateset_ray.serving.events import Began, Ended, Piece
 from stateset_ray.serving.routes import routes
 from stateset_ray.serving.settings import ServeSettings
 
 
 class Replicas:
     """In the place of `Policies`: answers what it holds at once, or not at all."""
+
+    events = ((Began("v0", 3),), (Piece(0, "hi"), Ended(0, "stop", 1)))
 
     def __init__(self) -> None:
         self.asked = 0
@@ -24,6 +27,10 @@ class Replicas:
         if self.busy:
             await asyncio.Event().wait()
         return {"version": f"v{self.asked}"}
+
+    async def ask(self, _):
+        for events in self.events:
+            yield events
 
 
 @pytest.fixture
@@ -60,6 +67,23 @@ def test_replicas_that_have_not_answered_for_long_are_not(meters, replicas, monk
     monkeypatch.setattr(module, "_PULSE_SECONDS", 0.0)
     monkeypatch.setattr(module, "_BUSY_SECONDS", 0.01)  # less than one look at them takes
     assert [status for status, _ in told(meters, replicas)] == [200, 503, 503]
+
+
+def test_replicas_that_answer_others_are_ready_though_the_question_waits(meters, replicas, monkeypatch):
+    """Under a load that lasts, behind more of them than are answered in time."""
+    monkeypatch.setattr(module, "_PULSE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_BUSY_SECONDS", 60.0)
+    replicas.busy = True
+
+    async def main():
+        pulse = module.Pulse(replicas)
+        assert await pulse.version() is None
+        assert [events async for events in pulse.ask(None)] == [*replicas.events]
+        found = await pulse.version()
+        monkeypatch.setattr(module, "_BUSY_SECONDS", 0.01)
+        return found, await pulse.version()
+
+    assert asyncio.run(main()) == ("v0", None)
 
 
 def test_without_a_first_answer_nobody_is_ready(meters, replicas):
