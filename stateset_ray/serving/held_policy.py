@@ -58,6 +58,7 @@ class HeldPolicy:
         max_context: tokens of a conversation.
         tokens: that its answers still have before them: prompts that wait, and replies' room.
         sampled: tokens sampled so far, for metrics.
+        retired: whether the engine is closed after the last answer.
     """
 
     candidate: Candidate
@@ -69,9 +70,9 @@ class HeldPolicy:
     memory: ConversationMemory
     tokens: int = 0
     sampled: int = 0
+    retired: bool = False
     _answers: int = 0
     _counted: tuple[int, int] = (0, 0)
-    _retired: bool = False
     _sessions: set[str] = field(default_factory=set)
     _renderers: dict[str, Renderer] = field(default_factory=dict)
 
@@ -119,11 +120,11 @@ class HeldPolicy:
 
     async def retire(self) -> None:
         """No new answers come; close the engine after the last one."""
-        self._retired = True
+        self.retired = True
         await self._close_if_done()
 
     async def _close_if_done(self) -> None:
-        if self._retired and not self._answers:
+        if self.retired and not self._answers:
             await self.engine.close()
 
     async def _answer(self, ask: Ask) -> AsyncGenerator[tuple[Event, ...]]:

@@ -34,6 +34,7 @@ from stateset_ray.serving.release import falls_to
 from stateset_ray.serving.settings import ServeSettings
 from stateset_ray.serving.source import Candidate, Source
 from stateset_ray.serving.tally import Tallies
+from stateset_ray.serving.verdicts import Verdicts
 from stateset_ray.serving.verification import checked
 
 __all__ = ["PolicyReplica"]
@@ -72,7 +73,8 @@ class PolicyReplica:
         self._held: HeldPolicy | None = None
         self._canary: _Canary | None = None
         self._tallies = Tallies(self._meters)
-        self._refused: set[tuple[str, int]] = set()
+        self._ending: list[HeldPolicy] = []  # retired, with answers under way
+        self._verdicts = Verdicts()
         self._refused_canaries: set[tuple[str, int, int]] = set()  # until there is none any more
         self._problem = self._canary_problem = ""
         self._watch: asyncio.Task[None] | None = None
@@ -176,6 +178,10 @@ class PolicyReplica:
         before, canary = self._policy(), self._canary
         if canary is not None and _same(candidate, canary.held.candidate):
             held, self._canary = canary.held, None  # promoted: it is loaded and has proved itself
+        elif back := next((one for one in self._retired() if _same(candidate, one.candidate)), None):
+            held = back  # as soon after it was replaced its answers still run
+            held.retired = False
+            self._ending.remove(held)
         else:
             try:
                 held = await self._load(candidate)
@@ -191,7 +197,7 @@ class PolicyReplica:
         self._meters.set("policy_step", candidate.step)
         self._show_canary()
         _log.info("version %s answers, taken over in %.1f s", candidate.label, seconds)
-        await before.retire()
+        await self._retire(before)
         return True
 
     def _refuse(self, candidate: Candidate, error: Exception, started: int | None = None) -> None:
@@ -205,7 +211,7 @@ class PolicyReplica:
             self._refused_canaries.add((candidate.label, candidate.stamp, started))
             self._canary_problem = problem
         else:
-            self._refused.add((candidate.label, candidate.stamp))
+            self._verdicts.note(candidate, error)
             self._problem = problem
         self._meters.add("swaps", 1, outcome="refused")
         _log.error("a checkpoint was refused: %s", problem)
@@ -219,15 +225,16 @@ class PolicyReplica:
 
     async def _follow_stable(self) -> None:
         try:
-            wanted = await asyncio.to_thread(self._source.wanted)
+            wanted, held = await asyncio.to_thread(lambda: (self._source.wanted(), self._source.is_held()))
         except StatesetError as error:
             self._problem = error.problem
             return
         if wanted is None or _same(wanted, self._policy().candidate):
             return
-        canary = self._canary
-        proved = canary is not None and _same(wanted, canary.held.candidate)
-        if proved or (wanted.label, wanted.stamp) not in self._refused:
+        loaded = any(_same(wanted, one.candidate) for one in self._all())
+        # There is memory for two. Who holds the run at one may do so because what answers must not go on.
+        room = len(self._retired()) <= held
+        if loaded or (room and not self._verdicts.stands(wanted)):
             await self.swap(wanted)
 
     async def _drop_canary(self) -> None:
@@ -264,6 +271,8 @@ class PolicyReplica:
         elif (candidate.label, candidate.stamp, started) not in self._refused_canaries:
             if canary is not None:
                 await self._end_canary(canary)
+            if self._retired():
+                return  # at a later look
             try:
                 self._canary = _Canary(await self._load(candidate), share, started)
             except Exception as error:  # as in `swap`
@@ -283,7 +292,16 @@ class PolicyReplica:
     async def _end_canary(self, canary: _Canary) -> None:
         self._canary = None
         self._show_canary()
-        await canary.held.retire()
+        await self._retire(canary.held)
+
+    async def _retire(self, held: HeldPolicy) -> None:
+        self._ending.append(held)
+        await held.retire()
+
+    def _retired(self) -> list[HeldPolicy]:
+        """Versions that answer nobody new, and have not ended all of their answers."""
+        self._ending = [held for held in self._ending if held.running]
+        return self._ending
 
     def _show_canary(self) -> None:
         canary = self._canary
@@ -320,7 +338,8 @@ class PolicyReplica:
         return sum(held.tokens for held in self._all())
 
     def _all(self) -> list[HeldPolicy]:
-        return [held for held in (self._held, self._canary and self._canary.held) if held]
+        now = (self._held, self._canary and self._canary.held)
+        return [*(held for held in now if held), *self._retired()]
 
     def _policy(self) -> HeldPolicy:
         if self._held is None:

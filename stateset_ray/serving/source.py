@@ -111,6 +111,14 @@ class Source:
         except OSError:
             return None  # it is being replaced, or was removed since
 
+    def is_held(self) -> bool:
+        """Whether somebody holds the run at one checkpoint.
+
+        Raises:
+            CheckpointError: the pin is damaged.
+        """
+        return self.run is not None and pinned(self.run) is not None
+
     def canary(self) -> tuple[Candidate, float] | None:
         """What should answer a share of the conversations instead, unverified, and the share.
 

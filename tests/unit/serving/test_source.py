@@ -22,6 +22,7 @@ from stateset_ray.serving.events import Ask, Began
 from stateset_ray.serving.replica import PolicyReplica
 from stateset_ray.serving.settings import PolicySettings, ServeSettings, SwapSettings
 from stateset_ray.serving.source import Source, pin, pinned
+from stateset_ray.serving.verdicts import Verdicts
 from stateset_ray.serving.verification import checked
 from stateset_ray.types import Message
 
@@ -127,6 +128,71 @@ def test_a_swap_while_a_stream_runs(run, meters, recorders):
         assert (await held.status())["step"] == 2
         assert recorders["swaps"].counted[("done",)] == 1
         assert recorders["policy_step"].values == [1, 2]
+
+    asyncio.run(play())
+
+
+def test_there_are_two_versions_in_memory_and_no_third(run, meters, monkeypatch):
+    async def play():
+        held = replica(run, meters)
+        await held.start()
+
+        async def step():
+            await held._follow_stable()
+            return (await held.status())["step"]
+
+        first = held.answer(ask())
+        await anext(first)
+        save(run, 2, scale=1.1)
+        assert await step() == 2
+        status = await held.status()
+        assert status["running"] == 1 and status["tokens"] > 0, "what was replaced still answers"
+        assert held.record_autoscaling_stats()["tokens"] == status["tokens"]
+        save(run, 3, scale=1.2)
+        assert await step() == 2, "while it does, nothing is loaded"
+        pin(run, "step-00000003")
+        assert await step() == 3, "but what may be urgent"
+        second = held.answer(ask())
+        await anext(second)
+        pin(run, "step-00000001")
+        with monkeypatch.context() as patch:
+            patch.setattr(held, "_load", None)
+            assert await step() == 1, "it is there"
+        for stream in (first, second):
+            assert [e async for part in stream for e in part]
+        assert (await version(held)).startswith("step-00000001-")
+        assert ((await held.status())["running"], held._ending) == (0, [])
+
+    asyncio.run(play())
+
+
+def test_what_the_machine_was_short_of_is_tried_again_and_what_is_wrong_is_not(run, meters):
+    now = [0.0]
+
+    async def play():
+        held = replica(run, meters)
+        await held.start()
+        held._verdicts = Verdicts(lambda: now[0])
+        load, fails = held._load, [MemoryError(), OSError(5, "Input/output error")]
+
+        async def loading(candidate):
+            if fails:
+                raise fails.pop(0)
+            return await load(candidate)
+
+        held._load = loading
+        save(run, 2, scale=1.1)
+        seen = []
+        for now[0] in (0.0, 29.0, 30.0, 89.0, 90.0):
+            await held._follow_stable()
+            seen.append((len(fails), (await held.status())["step"]))
+        assert seen == [(1, 1), (1, 1), (0, 1), (0, 1), (0, 2)]
+        save(run, 3, scale=float("nan"))
+        await held._follow_stable()
+        held._load = None
+        now[0] = 1e9
+        await held._follow_stable()
+        assert (await held.status())["step"] == 2
 
     asyncio.run(play())
 
