@@ -39,8 +39,10 @@ INGRESS_ENVIRONMENT = {
     # A stream of gRPC is read, and cancelled, where it belongs: in the event loop that asks.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # Thousands of short requests in dozens of threads leave glibc with ever more memory that is free, but in
-    # pieces. One arena and limits that do not grow keep it together; the threads take turns anyway.
+    # pieces. One arena and limits that do not grow keep it together; the threads take turns anyway. Without
+    # caches of each thread, which fill up for an hour, its memory stays as it is after some minutes.
     "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
@@ -144,6 +146,7 @@ class Ingress:
         app = routes(settings, SampledPolicies(policies, log) if log else policies, meters)
         keys, rates = KeyRing(settings.security), Rates(settings.rates)
         self._gate = Gate(app, keys, rates, settings, meters, policies.full)
+        self._drain_seconds = settings.deadlines.drain
         self._lasting: list[Callable[[], int]] = [
             lambda: self._gate.running, *app.state.lasting, *([lambda: log.unwritten] if log else [])
         ]  # fmt: skip
@@ -151,6 +154,13 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Gate:
         """What Serve sends requests to."""
         return self._gate
+
+    async def __del__(self) -> None:
+        """What Serve calls before it ends this replica, when its last request has ended.
+
+        Tools and transcripts may be under way still; Serve waits `deadlines.drain` seconds for both together.
+        """
+        await drained(self._lasting, self._drain_seconds)
 
     async def drain(self, seconds: float) -> int:
         """Take no new requests; wait for those under way, for tools that were called, and for transcripts.

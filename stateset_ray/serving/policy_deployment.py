@@ -14,6 +14,7 @@ __all__ = ["policy_deployment"]
 _ENVIRONMENT = {
     # For the same reason as in an ingress; but tensors are large, and limits on them would cost time.
     "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     # A run lets idle threads of OpenMP sleep, since its learner and workers take turns. An answer's products
     # follow each other so closely that a thread which has to be woken for each comes too late.
     "GOMP_SPINCOUNT": "300000",

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from stateset_ray.errors import InfrastructureFault
 from stateset_ray.serving.dispatch import PolicyBusy, PolicyLost
 from stateset_ray.serving.faults import ApiError
-from stateset_ray.serving.ingress import ServePolicies, ingress_deployment
+from stateset_ray.serving.ingress import Ingress, ServePolicies, ingress_deployment
 from stateset_ray.serving.policy_deployment import policy_deployment
 from stateset_ray.serving.settings import AutoscalingSettings, PolicySettings, ServeSettings
 
@@ -156,6 +157,21 @@ def test_asking_how_it_is_wakes_nobody(awake):
     policies = ServePolicies(Sleeping(), may_sleep=True)
     assert asyncio.run(policies.status()) == {"version": "v1" if awake else "asleep"}
     assert len(asyncio.run(policies.statuses())) == awake
+
+
+def test_before_serve_ends_a_replica_its_tools_and_transcripts_end():
+    """Serve awaits this itself, also where it was not our command that deployed it."""
+    left = [2]
+    ingress = SimpleNamespace(_lasting=[lambda: left[0]], _drain_seconds=20.0)
+
+    async def play():
+        ending = asyncio.create_task(Ingress.__del__(ingress))
+        await asyncio.sleep(0)
+        assert not ending.done()
+        left[0] = 0
+        await ending
+
+    asyncio.run(play())
 
 
 def test_room_for_an_update_is_told_to_serve():
