@@ -101,7 +101,11 @@ def prepared(source: str, overrides: Sequence[str], host: str, keys: Path | None
     KeyRing(settings.security)
     check_tls(settings.security)
     check_haproxy(settings.security, host)
-    from stateset_ray.serving.verification import checked  # brings torch, which the lines above do not need
+    # These bring torch and other packages, which the lines above do not need.
+    from stateset_ray.serving.rates import Rates
+    from stateset_ray.serving.verification import checked
+
+    Rates(settings.rates)
 
     found = Source(settings.source)
     if settings.agent.enabled:
@@ -204,16 +208,24 @@ def _run(
     from stateset_ray.serving.app import build
     from stateset_ray.serving.deploy_file import APPLICATION, http_options
 
+    known = False
     try:
         ray_serve.start(
             http_options=http_options(settings, host, port),
             proxy_location="HeadOnly" if alone else "EveryNode",
             logging_config=SERVE_LOGGING,
         )
+        known = APPLICATION in ray_serve.status().applications
         ingress = ray_serve.run(build(settings), name=APPLICATION, route_prefix="/")
-    except Exception as error:  # Serve raises RuntimeError, with the replicas' traceback as text
+    except BaseException as error:  # also a second Ctrl-C: it is not to go on loading behind our back
         if alone:
             ray_serve.shutdown()
+        elif not known:
+            with suppress(Exception):
+                ray_serve.delete(APPLICATION)
+        if not isinstance(error, Exception):
+            raise
+        # Serve raises RuntimeError, with the replicas' traceback as text.
         raise ClusterError(
             f"the endpoint did not come up: {error}",
             mend="its replicas' logs are in Ray's folder, logs/serve",

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import math
 import time
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -124,8 +125,7 @@ class Tools:
     async def _carry_out(self, step: Stepped, call: ToolCall, request: str, caller: str) -> Stepped:
         started, problem = time.monotonic(), ""
         try:
-            async with asyncio.timeout(self._settings.tool_seconds):
-                text = await self._call(call, caller)
+            text = await self._within(self._settings.tool_seconds, self._call(call, caller))
             if not isinstance(text, str):
                 raise TypeError(f"a tool must give text, not {type(text).__name__}")
             # Half of a character, which no tokenizer takes, may come from anywhere.
@@ -141,12 +141,32 @@ class Tools:
             step = _told(step, "error: the tool failed", "failed")
         return self._noted(replace(step, seconds=time.monotonic() - started), request, caller, problem)
 
+    @staticmethod
+    async def _within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
+        """What it gives; it is left to itself if it neither ends in time nor lets itself be cancelled.
+
+        Raises:
+            TimeoutError: it has not ended in time.
+        """
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else may look
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+        raise TimeoutError
+
     async def _call(self, call: ToolCall, caller: str) -> Any:
-        if inspect.iscoroutinefunction(self._toolbox.call):
-            return await self._toolbox.call(call, caller)
-        loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self._threads, self._plainly, call, caller)
-        return await result if inspect.isawaitable(result) else result
+        try:
+            if inspect.iscoroutinefunction(self._toolbox.call):
+                return await self._toolbox.call(call, caller)
+            loop = asyncio.get_running_loop()
+            result = await loop.run_in_executor(self._threads, self._plainly, call, caller)
+            return await result if inspect.isawaitable(result) else result
+        except (KeyboardInterrupt, SystemExit) as error:  # a task would end the event loop with these
+            raise _Escaped from error
 
     def _plainly(self, call: ToolCall, caller: str) -> Any:
         try:
@@ -166,7 +186,7 @@ class Tools:
 
 
 class _Escaped(Exception):
-    """A plain tool has raised what is no failure elsewhere; the cause says what."""
+    """A tool has raised what is no failure elsewhere; the cause says what."""
 
 
 def _told(step: Stepped, text: str, outcome: str) -> Stepped:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
 from pathlib import Path
 
 from stateset_ray.serving.events import Stepped
+from stateset_ray.serving.lines import append_line
 from stateset_ray.serving.redaction import redact
 
 __all__ = ["Audit"]
@@ -57,11 +57,6 @@ class Audit:
         if self._file is None:
             return
         try:
-            # Opened anew each time, so that a file that was moved away to be kept is followed by another.
-            place = os.open(self._file, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o600)
-            try:
-                os.write(place, line.encode() + b"\n")
-            finally:
-                os.close(place)
+            append_line(self._file, line.encode())
         except OSError as error:
             _log.error("the audit file cannot be written: %s", error.strerror)

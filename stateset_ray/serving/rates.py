@@ -15,9 +15,10 @@ from typing import Any
 
 import limits
 from limits.aio.strategies import MovingWindowRateLimiter
-from limits.errors import StorageError
+from limits.errors import ConfigurationError, StorageError
 from limits.storage import storage_from_string
 
+from stateset_ray.errors import ConfigError
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.security import with_password
 from stateset_ray.serving.settings import RateSettings
@@ -39,6 +40,9 @@ class Rates:
     Args:
         settings: the limits, and where requests are counted.
         clock: seconds, for tests.
+
+    Raises:
+        ConfigError: they cannot be counted there.
     """
 
     def __init__(self, settings: RateSettings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,7 +56,14 @@ class Rates:
                 "socket_timeout": _REDIS_SECONDS,
                 "socket_connect_timeout": _REDIS_SECONDS,
             }
-            storage = storage_from_string(f"async+{with_password(settings.storage)}", **options)
+            try:
+                storage = storage_from_string(f"async+{with_password(settings.storage)}", **options)
+            except ConfigurationError as error:
+                raise ConfigError(
+                    "rates.storage cannot be used, or needs a package that is not installed",
+                    given=settings.storage.partition(":")[0],  # more of it may be a password
+                    mend="give redis://HOST:6379, and pip install 'stateset-ray[redis]'",
+                ) from error
             self._shared = MovingWindowRateLimiter(storage)
         self._clock = clock
         self._not_before = float("-inf")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -25,6 +24,7 @@ from typing import Any
 from stateset_ray.errors import ConfigError
 from stateset_ray.serving.dispatch import Policies
 from stateset_ray.serving.events import Ask, Began, Ended, Event, Piece
+from stateset_ray.serving.lines import append_line
 from stateset_ray.serving.meters import Meters
 from stateset_ray.serving.redaction import redact, redact_keys
 from stateset_ray.serving.release import falls_to
@@ -110,7 +110,7 @@ class TranscriptLog:
                 for text, end in zip(texts, ended, strict=True)
             ],
         }
-        return json.dumps(record, ensure_ascii=True) + "\n"
+        return json.dumps(record, ensure_ascii=True)
 
     async def _write_all(self) -> None:
         while self._waiting:
@@ -127,14 +127,9 @@ class TranscriptLog:
         for line in lines:
             body = line.encode()
             with suppress(FileNotFoundError):
-                if self._file.stat().st_size + len(body) > self._settings.file_bytes:
+                if self._file.stat().st_size + len(body) + 1 > self._settings.file_bytes:
                     self._file = self._next_file()
-            # Opened for each line: no descriptor is held, and a file that was taken away is made again.
-            handle = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            try:
-                os.write(handle, body)
-            finally:
-                os.close(handle)
+            append_line(self._file, body)
         self._prune()
 
     def _prune(self) -> None:

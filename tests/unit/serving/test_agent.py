@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import runpy
 import stat
 import threading
@@ -31,6 +32,7 @@ from stateset_ray.serving.events import Ask, Began, Ended, Halted, Piece, Steppe
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.held_policy import load_policy
 from stateset_ray.serving.ingress import drained
+from stateset_ray.serving.lines import append_line
 from stateset_ray.serving.settings import AgentSettings, ServeSettings
 from stateset_ray.serving.source import Candidate
 from stateset_ray.types import Message
@@ -401,6 +403,33 @@ def test_a_tool_that_hangs_is_given_up_and_holds_no_other(meters, kind):
         bench.open.set()
 
 
+def test_a_tool_that_will_not_be_cancelled_is_left_to_itself(meters, tmp_path):
+    file, free = tmp_path / "audit.jsonl", threading.Event()
+
+    class Stubborn(Bench):
+        async def call(self, call, caller):
+            while not free.is_set():
+                try:
+                    await asyncio.sleep(0.01)
+                except asyncio.CancelledError:
+                    self.called.append("cancelled")
+            return "late"
+
+    async def play():
+        bench = Stubborn()
+        box = tools(bench, meters, Audit(file, arguments=True), tool_seconds=0.1)
+        late = await asyncio.wait_for(box.take(step("CALL ok"), request="r", caller="s", seconds=9), 20)
+        left = list(bench.called), box.under_way
+        free.set()
+        return late.outcome, *left
+
+    try:
+        assert asyncio.run(play()) == ("timeout", ["cancelled"], 0)
+    finally:
+        free.set()
+    assert json.loads(file.read_text())["outcome"] == "timeout"
+
+
 def test_a_tool_that_was_begun_ends_and_is_written_down_though_its_client_left(meters, tmp_path):
     bench, file = AsyncBench(), tmp_path / "audit.jsonl"
 
@@ -502,6 +531,18 @@ def test_an_audit_file_that_cannot_be_written_stops_nothing_and_is_told(meters, 
     done = asyncio.run(box.take(step("CALL ok"), request="r", caller="s", seconds=9))
     assert done.outcome == "done"
     assert "audit file cannot be written" in caplog.text
+
+
+def test_a_full_disk_leaves_no_half_of_a_line(tmp_path, monkeypatch):
+    file, write = tmp_path / "lines", os.write
+    append_line(file, b"first")
+    monkeypatch.setattr(os, "write", lambda handle, body: write(handle, body[:3]))
+    with pytest.raises(OSError, match="No space left"):
+        append_line(file, b"second")
+    monkeypatch.setattr(os, "write", write)
+    append_line(file, b"third")
+    assert file.read_bytes() == b"first\nthird\n"
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def scripted(*replies):

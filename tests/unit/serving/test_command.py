@@ -6,14 +6,17 @@ import runpy
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from stateset_ray import serve as module
 from stateset_ray.cli import app
-from stateset_ray.errors import ConfigError
+from stateset_ray.errors import ClusterError, ConfigError
 from stateset_ray.serve import prepared, serve
 from stateset_ray.serving.security import ENVIRONMENT
 from stateset_ray.serving.source import pinned
@@ -88,6 +91,28 @@ def test_a_port_in_use_is_named_before_anything_starts(run):
 def test_a_cluster_that_is_joined_needs_keys(run):
     with pytest.raises(ConfigError, match="keys are needed"):
         serve(prepared(str(run), [], "127.0.0.1", None), host="127.0.0.1", port=0, address="10.0.0.1:1")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DEPLOY_FAILED"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("there", "removed"), [({}, ["policy"]), ({"policy": None}, [])])
+def test_an_endpoint_that_does_not_come_up_leaves_nothing_on_a_cluster(
+    run, monkeypatch, error, there, removed
+):
+    """But what was there before this one stays."""
+    gone = []
+
+    def deploy(*_, **__):
+        raise error
+
+    for name, does in {
+        "start": lambda **_: None, "run": deploy, "delete": gone.append,
+        "status": lambda: SimpleNamespace(applications=there),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"ray.serve.{name}", does)
+    settings = prepared(str(run), [], "127.0.0.1", None)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ClusterError):
+        module._run(settings, "127.0.0.1", 1, False, print, threading.Event())
+    assert gone == removed
 
 
 def test_tls_is_checked_before_anything_starts_and_told_to_serve(run, tmp_path):

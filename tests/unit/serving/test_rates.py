@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 import time
 from collections import Counter
 
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stateset_ray.errors import ConfigError
+from stateset_ray.serve import prepared
 from stateset_ray.serving.faults import ApiError
 from stateset_ray.serving.rates import Rates
 from stateset_ray.serving.settings import RateSettings
@@ -118,3 +121,13 @@ def test_a_redis_that_does_not_answer_costs_one_request_half_a_second():
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         asyncio.run(play(mute.getsockname()[1]))
+
+
+def test_redis_without_its_package_is_refused_before_anything_starts(monkeypatch):
+    for name in ("redis", "redis.asyncio"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"rates\.storage") as caught:
+        Rates(RateSettings(storage="redis://h:secret@127.0.0.1:1/0"))
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"rates\.storage"):
+        prepared("tiny", ["rates.storage=redis://127.0.0.1:1/0"], keys=None, host="127.0.0.1")
