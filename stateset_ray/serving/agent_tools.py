@@ -123,6 +123,8 @@ class Tools:
         return await asyncio.shield(task)
 
     async def _carry_out(self, step: Stepped, call: ToolCall, request: str, caller: str) -> Stepped:
+        # Written down before it changes anything: this process may not live to see its end.
+        self._audit.write(replace(step, outcome="begun"), request=request, key=caller, problem="")
         started, problem = time.monotonic(), ""
         try:
             text = await self._within(self._settings.tool_seconds, self._call(call, caller))

@@ -1,4 +1,4 @@
-"""Who let the policy do what: one JSON line for each call of a tool."""
+"""Who let the policy do what: a JSON line when a call of a tool begins, and one with what came of it."""
 
 from __future__ import annotations
 

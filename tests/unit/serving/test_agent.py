@@ -296,6 +296,11 @@ def step(text):
     return Stepped("", "", (Message("assistant", text), Message("tool", "")), "v1", 3, 0.0)
 
 
+def written(file):
+    """The lines of an audit file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def tools(bench, meters, audit=None, **more):
     audit = audit or Audit(None, arguments=True)
     return Tools(bench, AgentSettings(enabled=True, **{"result_chars": 20} | more), meters, audit)
@@ -350,7 +355,8 @@ def test_whatever_a_tool_raises_is_its_failure(meters, tmp_path, kind, error):
 
     done = asyncio.run(play())
     assert (done.outcome, done.messages[1].content) == ("failed", "error: the tool failed")
-    line = json.loads(file.read_text())
+    begun, line = written(file)
+    assert begun["outcome"] == "begun"
     # Python itself makes another error of it where a coroutine raises it.
     wanted = (
         "RuntimeError" if kind is AsyncBench and isinstance(error, StopIteration) else type(error).__name__
@@ -427,7 +433,7 @@ def test_a_tool_that_will_not_be_cancelled_is_left_to_itself(meters, tmp_path):
         assert asyncio.run(play()) == ("timeout", ["cancelled"], 0)
     finally:
         free.set()
-    assert json.loads(file.read_text())["outcome"] == "timeout"
+    assert [line["outcome"] for line in written(file)] == ["begun", "timeout"]
 
 
 def test_a_tool_that_was_begun_ends_and_is_written_down_though_its_client_left(meters, tmp_path):
@@ -440,11 +446,12 @@ def test_a_tool_that_was_begun_ends_and_is_written_down_though_its_client_left(m
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert task.cancelled()
+        assert [line["outcome"] for line in written(file)] == ["begun"], "should this process die now"
         bench.open.set()
         await asyncio.gather(*box._under_way)
 
     asyncio.run(play())
-    assert json.loads(file.read_text())["outcome"] == "done"
+    assert [line["outcome"] for line in written(file)] == ["begun", "done"]
     assert bench.called == [("hangs", "s")]
 
 
@@ -493,7 +500,7 @@ def test_an_agents_tools_are_among_what_a_drain_waits_for(make, settings):
     assert not make(SETTINGS)._app.state.lasting
 
 
-def test_every_call_is_a_line_without_personal_data(meters, tmp_path, caplog):
+def test_every_call_is_written_down_without_personal_data(meters, tmp_path, caplog):
     bench, file = Bench(), tmp_path / "audit.jsonl"
     caplog.set_level(logging.INFO)
     logging.getLogger("ray.serve").propagate = True
@@ -507,22 +514,25 @@ def test_every_call_is_a_line_without_personal_data(meters, tmp_path, caplog):
             await box.take(step(text), request="req-1", caller="shop", seconds=9)
 
     asyncio.run(play(True))
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = written(file)
     assert [(line["tool"], line["outcome"], line["problem"]) for line in lines] == [
-        ("say", "done", ""), ("fails", "failed", "ZeroDivisionError"), ("", "malformed", ""),
-        ("say", "done", ""),
+        ("say", "begun", ""), ("say", "done", ""), ("fails", "begun", ""),
+        ("fails", "failed", "ZeroDivisionError"), ("", "malformed", ""),
+        ("say", "begun", ""), ("say", "done", ""),
     ]  # fmt: skip
-    assert lines[3]["arguments"] == {"x": f"{'x' * 190} [card]"}  # 4111 1111 if it were cut before
+    assert (
+        lines[5]["arguments"] == lines[6]["arguments"] == {"x": f"{'x' * 190} [card]"}
+    )  # 4111 1111 if it were cut before
     assert lines[0]["arguments"] == {"x": "[email] [card]"}
     assert {(line["request"], line["key"], line["version"]) for line in lines} == {("req-1", "shop", "v1")}
     assert all(line["seconds"] >= 0 and line["time"] for line in lines)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     # Other tests may have left more than one way from the logger to here.
-    assert len({id(record) for record in caplog.records if "tool call {" in record.getMessage()}) == 4
+    assert len({id(record) for record in caplog.records if "tool call {" in record.getMessage()}) == 7
     assert "jo@" not in caplog.text
     file.unlink()
     asyncio.run(play(False))
-    assert json.loads(file.read_text().splitlines()[0])["arguments"] == ["x"]
+    assert written(file)[0]["arguments"] == ["x"]
 
 
 def test_an_audit_file_that_cannot_be_written_stops_nothing_and_is_told(meters, tmp_path, caplog):
