@@ -103,7 +103,7 @@ def test_a_bug_is_raised_with_its_place(pool: Make) -> None:
     assert "scripted_worker.py" in str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["blocks", "stops"])
+@pytest.mark.parametrize("how", ["blocks", "stops", "halts"])
 def test_a_silent_worker_is_restarted_and_its_groups_are_played_again(
     pool: Make, tmp_path: Path, how: str
 ) -> None:

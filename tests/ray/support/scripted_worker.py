@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +23,9 @@ __all__ = ["ScriptedWorker"]
 class ScriptedWorker(RolloutWorker):
     """Plays by `task.data`: {"fail": n} times at first, {"dies": fifo}, {"raises": text}, {"bug": text}.
 
-    {"blocks": mark} and {"stops": mark} silence the process, and {"waits": mark} only the group, for ever;
-    all three only where the file `mark` is not there yet. {"gate": fifo} waits for something written there.
+    {"blocks": mark} and {"stops": mark} silence the process, {"halts": mark} between payload and report, and
+    {"waits": mark} only the group, for ever; all only where the file `mark` is not there yet. {"gate": fifo}
+    waits for something written there.
     """
 
     _renderer = SimpleNamespace(rewrites_history=False)
@@ -32,6 +33,15 @@ class ScriptedWorker(RolloutWorker):
     def _set_up(self) -> None:
         self._inference = _NoWeights()  # type: ignore[assignment]
         self._failed: Counter[str] = Counter()
+
+    async def play(
+        self, version: int, weights: Mapping[str, Any], jobs: Sequence[GroupJob]
+    ) -> AsyncIterator[GroupReport | GroupPayload]:
+        async for item in super().play(version, weights, jobs):
+            yield item
+            if isinstance(item, GroupPayload) and "halts" in item.group.task.data:
+                await asyncio.sleep(1)  # it is sent meanwhile
+                await _hang({"stops": item.group.task.data["halts"]})
 
     async def _group(self, job: GroupJob) -> tuple[GroupReport, GroupPayload]:
         data = job.task.data
