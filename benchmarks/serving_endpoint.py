@@ -28,6 +28,7 @@ from stateset_ray.serving.deploy_file import deploy_file
 from stateset_ray.serving.security import add_key
 from stateset_ray.serving.settings import (
     SERVE_LOGGING,
+    STEADY_MEMORY,
     PolicySettings,
     RateSettings,
     SecuritySettings,
@@ -172,6 +173,7 @@ def endpoint(
     """An endpoint of two ingress and two policy replicas, gone afterwards."""
     made = Endpoint(folder, model, context, slots)
     os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of this program's own, gone with it
+    os.environ |= STEADY_MEMORY  # as `stateset-ray serve` starts it
     ray.init(
         address="local", num_cpus=8, include_dashboard=dashboard, dashboard_port=made.dashboard,
         log_to_driver=False, logging_level="ERROR", _temp_dir=str(folder / "ray"),

@@ -33,7 +33,7 @@ from stateset_ray.serving.security import (
     entries,
     is_loopback,
 )
-from stateset_ray.serving.settings import SERVE_LOGGING, ServeSettings
+from stateset_ray.serving.settings import SERVE_LOGGING, STEADY_MEMORY, ServeSettings
 from stateset_ray.serving.source import Source
 from stateset_ray.serving.stores import open_store
 from stateset_ray.settings import apply_override, validated
@@ -194,9 +194,25 @@ def serve(
     settings = _with_keys_of_environment(settings)
     cpus = settings.most_replicas * settings.policy.cpus + settings.ingress_replicas * _INGRESS_CPUS
     config = Config.model_validate({"cluster": {"address": address}})
-    # After Ray is joined, whose own handler of SIGTERM would end the process at once.
-    with cluster(config, at_least_cpus=cpus), _signals(stop or threading.Event()) as ended:
+    # Signals after Ray is joined, whose own handler of SIGTERM would end the process at once.
+    with (
+        _steady_memory(),
+        cluster(config, at_least_cpus=cpus),
+        _signals(stop or threading.Event()) as ended,
+    ):
         _run(settings, host, port, alone, on_ready, ended)
+
+
+@contextmanager
+def _steady_memory() -> Iterator[None]:
+    """Serve's proxy keeps its memory as our replicas do: it has the environment of the cluster's start."""
+    ours = {name: value for name, value in STEADY_MEMORY.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _run(

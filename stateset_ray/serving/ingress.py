@@ -29,7 +29,7 @@ from stateset_ray.serving.redaction import RedactingFilter
 from stateset_ray.serving.room import RoomyPolicies
 from stateset_ray.serving.routes import routes
 from stateset_ray.serving.security import KeyRing
-from stateset_ray.serving.settings import SERVE_LOGGING, ServeSettings
+from stateset_ray.serving.settings import SERVE_LOGGING, STEADY_MEMORY, ServeSettings
 from stateset_ray.serving.transcript_log import SampledPolicies, TranscriptLog
 
 __all__ = ["INGRESS_ENVIRONMENT", "Ingress", "ServePolicies", "drained", "ingress_deployment"]
@@ -38,11 +38,8 @@ _STATUS_SECONDS = 10.0
 INGRESS_ENVIRONMENT = {
     # A stream of gRPC is read, and cancelled, where it belongs: in the event loop that asks.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # Thousands of short requests in dozens of threads leave glibc with ever more memory that is free, but in
-    # pieces. One arena and limits that do not grow keep it together; the threads take turns anyway. Without
-    # caches of each thread, which fill up for an hour, its memory stays as it is after some minutes.
-    "MALLOC_ARENA_MAX": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+    **STEADY_MEMORY,
+    # Limits that do not grow.
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }

@@ -7,14 +7,12 @@ from typing import Any
 from ray import serve
 
 from stateset_ray.serving.replica import PolicyReplica
-from stateset_ray.serving.settings import SERVE_LOGGING, ServeSettings
+from stateset_ray.serving.settings import SERVE_LOGGING, STEADY_MEMORY, ServeSettings
 
 __all__ = ["policy_deployment"]
 
 _ENVIRONMENT = {
-    # For the same reason as in an ingress; but tensors are large, and limits on them would cost time.
-    "MALLOC_ARENA_MAX": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+    **STEADY_MEMORY,  # but tensors are large, and limits as in an ingress would cost time
     # A run lets idle threads of OpenMP sleep, since its learner and workers take turns. An answer's products
     # follow each other so closely that a thread which has to be woken for each comes too late.
     "GOMP_SPINCOUNT": "300000",

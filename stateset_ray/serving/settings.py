@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 __all__ = [
     "SERVE_LOGGING",
+    "STEADY_MEMORY",
     "AgentSettings",
     "AutoscalingSettings",
     "ConversationSettings",
@@ -34,6 +35,11 @@ _Scope = Literal["chat", "agent", "admin"]
 SERVE_LOGGING = {"encoding": "JSON", "enable_access_log": False}
 """How Serve's proxies and replicas log. The gate's line of a request says more than those that proxy, ingress
 and policy would each write of it; probes of health and what is refused for want of room get none."""
+
+STEADY_MEMORY = {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""Environment of processes that answer. Thousands of short requests in dozens of threads leave glibc with
+ever more memory that is free, but in pieces: one arena keeps it together, and the threads take turns anyway.
+Caches of each thread would fill for an hour; without them memory stays as it is after some minutes."""
 
 
 class _Section(BaseModel):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +93,24 @@ def test_a_port_in_use_is_named_before_anything_starts(run):
 def test_a_cluster_that_is_joined_needs_keys(run):
     with pytest.raises(ConfigError, match="keys are needed"):
         serve(prepared(str(run), [], "127.0.0.1", None), host="127.0.0.1", port=0, address="10.0.0.1:1")
+
+
+def test_the_cluster_that_is_started_keeps_its_memory_steady(run, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    seen = []
+
+    @contextmanager
+    def cluster(*_, **__):
+        seen.append((os.environ["MALLOC_ARENA_MAX"], os.environ["GLIBC_TUNABLES"]))
+        yield
+
+    monkeypatch.setattr(module, "cluster", cluster)
+    monkeypatch.setattr(module, "_run", lambda *_: None)
+    monkeypatch.setattr(module, "_is_alone", lambda _: True)  # whatever other tests have joined
+    serve(prepared(str(run), [], "127.0.0.1", None), host="127.0.0.1", port=0)
+    assert seen == [("3", "glibc.malloc.tcache_count=0")], "unless somebody says otherwise"
+    assert "GLIBC_TUNABLES" not in os.environ
 
 
 @pytest.mark.parametrize("error", [RuntimeError("DEPLOY_FAILED"), KeyboardInterrupt()])
