@@ -224,7 +224,7 @@ def _run(
     from stateset_ray.serving.app import build
     from stateset_ray.serving.deploy_file import APPLICATION, http_options
 
-    known = False
+    known = True  # unless Serve says otherwise: what is not ours is not removed
     try:
         ray_serve.start(
             http_options=http_options(settings, host, port),

@@ -127,7 +127,7 @@ class Tools:
         self._audit.write(replace(step, outcome="begun"), request=request, key=caller, problem="")
         started, problem = time.monotonic(), ""
         try:
-            text = await self._within(self._settings.tool_seconds, self._call(call, caller))
+            text = await self._for_at_most(self._settings.tool_seconds, self._call(call, caller))
             if not isinstance(text, str):
                 raise TypeError(f"a tool must give text, not {type(text).__name__}")
             # Half of a character, which no tokenizer takes, may come from anywhere.
@@ -144,7 +144,7 @@ class Tools:
         return self._noted(replace(step, seconds=time.monotonic() - started), request, caller, problem)
 
     @staticmethod
-    async def _within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
+    async def _for_at_most(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
         """What it gives; it is left to itself if it neither ends in time nor lets itself be cancelled.
 
         Raises:

@@ -297,6 +297,7 @@ class PolicyReplica:
     async def _retire(self, held: HeldPolicy) -> None:
         self._ending.append(held)
         await held.retire()
+        self._retired()  # lets go of it if it has no answers: its weights are not to wait for the next one
 
     def _retired(self) -> list[HeldPolicy]:
         """Versions that answer nobody new, and have not ended all of their answers."""

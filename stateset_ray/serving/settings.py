@@ -39,7 +39,7 @@ and policy would each write of it; probes of health and what is refused for want
 STEADY_MEMORY = {"MALLOC_ARENA_MAX": "1", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 """Environment of processes that answer. Thousands of short requests in dozens of threads leave glibc with
 ever more memory that is free, but in pieces: one arena keeps it together, and the threads take turns anyway.
-Caches of each thread would fill for an hour; without them memory stays as it is after some minutes."""
+Caches of each thread fill slowly; without them memory stays as it is after some minutes."""
 
 
 class _Section(BaseModel):

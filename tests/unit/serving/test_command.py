@@ -135,6 +135,20 @@ def test_an_endpoint_that_does_not_come_up_leaves_nothing_on_a_cluster(
     assert gone == removed
 
 
+def test_where_serve_does_not_say_what_was_there_nothing_is_removed(run, monkeypatch):
+    gone = []
+
+    def lost():
+        raise RuntimeError("no controller")
+
+    for name, does in {"start": lambda **_: None, "status": lost, "delete": gone.append}.items():
+        monkeypatch.setattr(f"ray.serve.{name}", does)
+    settings = prepared(str(run), [], "127.0.0.1", None)
+    with pytest.raises(ClusterError, match="no controller"):
+        module._run(settings, "127.0.0.1", 1, False, print, threading.Event())
+    assert gone == []
+
+
 def test_tls_is_checked_before_anything_starts_and_told_to_serve(run, tmp_path):
     pytest.importorskip("cryptography")
     certificate, key = support["write_certificate"](tmp_path)

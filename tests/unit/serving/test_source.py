@@ -166,6 +166,17 @@ def test_there_are_two_versions_in_memory_and_no_third(run, meters, monkeypatch)
     asyncio.run(play())
 
 
+def test_what_was_replaced_and_answers_nobody_leaves_the_memory_at_once(run, meters):
+    async def play():
+        held = replica(run, meters)
+        await held.start()
+        save(run, 2, scale=1.1)
+        await held._follow_stable()
+        assert held._ending == [], "and not when the next request comes"
+
+    asyncio.run(play())
+
+
 def test_what_the_machine_was_short_of_is_tried_again_and_what_is_wrong_is_not(run, meters):
     now = [0.0]
 
